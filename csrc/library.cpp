@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+// The ops' schemas. Written against libtorch's stable ABI: one build serves every torch from 2.10 on.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastadapt_native, m) {
+  m.def(
+      "nf4_dequant_(Tensor(a!) out, Tensor packed, Tensor absmax, Tensor code, Tensor? nested_absmax, "
+      "Tensor? nested_code, Tensor? offset, int blocksize, int nested_blocksize, ScalarType dtype) -> ()");
+  m.def("dropout(Tensor x, Tensor seed, float p, ScalarType out_dtype) -> Tensor");
+}

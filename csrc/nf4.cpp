@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// nf4_dequant_: decodes a 4-bit weight into a tensor that is there already. A fresh one costs more in page faults than
+// the decoding does.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "checks.h"
+#include "nf4_avx2.h"
+
+namespace fastadapt {
+namespace {
+
+constexpr int64_t kGrain = 1 << 15;  // elements a thread should have at least
+
+template <class T>
+void decode(const Nf4& w, T* out) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / w.blocksize);
+  torch::stable::parallel_for(0, w.blocks(), grain, [&](int64_t begin, int64_t end) {
+#ifdef FASTADAPT_X86
+    if (has_avx2()) return decode_avx2(w, begin, end, out);
+#endif
+    decode_plain(w, begin, end, out);
+  });
+}
+
+void read_absmax(Nf4& w, const Tensor& absmax, const std::optional<Tensor>& nested_absmax,
+                 const std::optional<Tensor>& nested_code, const std::optional<Tensor>& offset) {
+  const bool nested = absmax.scalar_type() == ScalarType::Byte;
+  const bool given = nested_absmax || nested_code || offset;
+  if (!nested) {
+    STD_TORCH_CHECK(!given, "absmax must be uint8 where nested_absmax, nested_code or offset is given, got ",
+                    toString(absmax.scalar_type()));
+    check_flat(absmax, "absmax", ScalarType::Float, w.blocks());
+    w.absmax = absmax.const_data_ptr<float>();
+    return;
+  }
+  STD_TORCH_CHECK(nested_absmax && nested_code && offset,
+                  "a uint8 absmax needs nested_absmax, nested_code and offset, got ", nested_absmax ? "" : "no nested_absmax ",
+                  nested_code ? "" : "no nested_code ", offset ? "" : "no offset");
+  STD_TORCH_CHECK(w.nested_blocksize > 0, "nested_blocksize must be positive, got ", w.nested_blocksize);
+  check_flat(absmax, "absmax", ScalarType::Byte, w.blocks());
+  check_flat(*nested_absmax, "nested_absmax", ScalarType::Float,
+             w.blocks() / w.nested_blocksize + (w.blocks() % w.nested_blocksize != 0));
+  check_flat(*nested_code, "nested_code", ScalarType::Float, 256);
+  check_flat(*offset, "offset", ScalarType::Float, 1);
+  w.absmax_code = absmax.const_data_ptr<uint8_t>();
+  w.nested_absmax = nested_absmax->const_data_ptr<float>();
+  w.nested_code = nested_code->const_data_ptr<float>();
+  w.offset = *offset->const_data_ptr<float>();
+}
+
+void nf4_dequant_(const Tensor& out, const Tensor& packed, const Tensor& absmax, const Tensor& code,
+                  const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                  const std::optional<Tensor>& offset, int64_t blocksize, int64_t nested_blocksize, ScalarType dtype) {
+  const int64_t numel = out.numel();
+  STD_TORCH_CHECK(blocksize > 0 && blocksize % 2 == 0, "blocksize must be positive and even, got ", blocksize);
+  STD_TORCH_CHECK(is_float_or_half(dtype), "dtype must be float32, bfloat16 or float16, got ", toString(dtype));
+  STD_TORCH_CHECK(is_float_or_half(out.scalar_type()), "out must be float32, bfloat16 or float16, got ",
+                  toString(out.scalar_type()));
+  check_flat(out, "out", out.scalar_type(), numel);
+  check_flat(packed, "packed", ScalarType::Byte, numel / 2 + numel % 2);
+  check_flat(code, "code", ScalarType::Float, 16);
+
+  Nf4 w{};
+  w.packed = packed.const_data_ptr<uint8_t>();
+  w.code = code.const_data_ptr<float>();
+  w.numel = numel;
+  w.blocksize = blocksize;
+  w.nested_blocksize = nested_blocksize;
+  w.round = dtype;
+  w.out = out.scalar_type();
+  read_absmax(w, absmax, nested_absmax, nested_code, offset);
+  if (w.out == ScalarType::Float) {
+    decode(w, out.mutable_data_ptr<float>());
+  } else {
+    decode(w, static_cast<uint16_t*>(out.mutable_data_ptr()));
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastadapt_native, CPU, m) { m.impl("nf4_dequant_", TORCH_BOX(&nf4_dequant_)); }
+
+}  // namespace fastadapt

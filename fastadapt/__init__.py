@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fastadapt: parameter-efficient fine-tuning with PEFT's interface and files.
+
+Importing it changes nothing in torch, transformers, peft or trl; names are loaded at first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "fastadapt.patch.inplace": "patch unpatch",
+    "fastadapt.reference": "reference",
+    "fastadapt.explain": "explain",
+    "fastadapt.ops.dispatch": "use",
+    "fastadapt.kbit": "prepare_model_for_kbit_training",
+    "fastadapt.config": "PeftConfig PeftType TaskType",
+    "fastadapt.methods.lora": "LoraConfig LoraRuntimeConfig",
+    "fastadapt.peft_model": (
+        "get_peft_model PeftModel PeftModelForCausalLM PeftModelForSeq2SeqLM "
+        "PeftModelForSequenceClassification PeftModelForTokenClassification "
+        "PeftModelForQuestionAnswering PeftModelForFeatureExtraction"
+    ),
+    "fastadapt.errors": (
+        "FastAdaptError ConfigError TargetError UnsupportedError LifecycleError CheckpointError "
+        "KernelError DataError OutputError MissingExtraError FastAdaptWarning"
+    ),
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastadapt' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the author of a method subclasses: one method on one layer.
+
+The definition is ``merged``; ``forward`` is any cheaper path to the same map, and a law of the
+tests holds the one to the other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fastadapt.base import Base
+    from fastadapt.config import AdapterConfig
+    from fastadapt.layer import AdaptedLayer
+
+Part = nn.Module | nn.Parameter
+
+
+class Adapter:
+    """A method on one layer.
+
+    parts:  PEFT's parameter names -> modules or parameters; values: PEFT's plain per-adapter
+    attributes (``scaling``, ``r``). ``build`` makes them; once attached, the AdaptedLayer owns
+    both, and ``self[name]`` looks them up there, so that FSDP, ``.to()`` and casts may replace them.
+    """
+
+    name: ClassVar[str]
+    prefix: ClassVar[str]
+    Config: ClassVar[type[AdapterConfig]]
+    identity_at_init: ClassVar[bool] = True
+
+    def __init__(self, config: Any, base: Base, shared: Any = None) -> None:
+        self.config = config
+        self.parts: dict[str, Part] = {}
+        self.values: dict[str, Any] = {}
+        self._layer: AdaptedLayer | None = None
+        self._key = ""
+        self.build(base, shared)
+
+    @classmethod
+    def variant(cls, config: Any) -> type[Adapter]:
+        """The class that serves ``config`` (a flag of the config may choose another)."""
+        return cls
+
+    @classmethod
+    def shared(cls, config: Any, bases: dict[str, Base]) -> Any:
+        """What all layers of one adapter share, made once; None for most methods."""
+        return None
+
+    def build(self, base: Base, shared: Any) -> None:
+        """Fill ``parts`` and ``values`` from ``base.shape`` and the config."""
+        raise NotImplementedError
+
+    def start(self, base: Base) -> None:
+        """Initial values that need the base's weight, once the parts are where they belong."""
+
+    def merged(self, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """THE DEFINITION: (W, bias) -> (W', bias'), in the layer's (out, in, *kernel) form."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """The adapted layer at x."""
+        w, bias = self.merged(*base.read())
+        y = base.apply(x, w.to(x.dtype) if x.is_floating_point() else w)
+        return y if bias is None else y + base.channels(bias).to(y.dtype)
+
+    def file_key(self, part: str, leaf: str) -> str:
+        """The key of a tensor in PEFT's file: the part, and its leaf when the part is a module."""
+        return f"{part}.{leaf}" if leaf else part
+
+    def on_step(self, step: int) -> None:
+        """Called after optimizer step ``step``, for methods with a schedule."""
+
+    def attach(self, layer: AdaptedLayer, key: str) -> None:
+        """From now on ``layer`` holds the parts, under the adapter's name ``key``."""
+        self._layer, self._key = layer, key
+        self.parts, self.values = {}, {}
+
+    def __getitem__(self, name: str) -> Any:
+        """A part or a value, by PEFT's name."""
+        if self._layer is None:
+            return self.parts[name] if name in self.parts else self.values[name]
+        return getattr(self._layer, name)[self._key]
+
+
+class DeltaAdapter(Adapter):
+    """W' = W + delta(): most methods."""
+
+    def delta(self) -> Tensor:
+        raise NotImplementedError
+
+    def merged(self, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        delta = self.delta()
+        return w.to(delta.dtype) + delta.to(w.device), bias

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A frozen layer as an affine map: all that an adapter may see.
+
+``FrozenLayer`` is the bottom, a real layer; ``Stacked`` is an adapter on a base, and is a base.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+from fastadapt.errors import UnsupportedError
+from fastadapt.kinds import kind_of
+from fastadapt.ops.bits import Bits, Dense
+from fastadapt.ops.dropout import dropout
+from fastadapt.ops.low_rank import low_rank
+from fastadapt.ops.precision import compute_dtype
+from fastadapt.ops.row_norm import row_norm
+from fastadapt.weights import format_of
+
+if TYPE_CHECKING:
+    from fastadapt.adapter import Adapter
+
+Pair = tuple[nn.Module | nn.Parameter, nn.Module | nn.Parameter]
+
+
+class Base(Protocol):
+    """W is (out, in, *kernel) = ``shape``, whatever the layer stores."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def indexed(self) -> bool:
+        """The input holds indices of input channels (an embedding)."""
+
+    @property
+    def bias(self) -> Tensor | None: ...
+    def __call__(self, x: Tensor) -> Tensor: ...
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias), dequantised."""
+
+    def apply(self, x: Tensor, w: Tensor) -> Tensor:
+        """This layer's op with another weight, no bias."""
+
+    def mix(self, h: Tensor, w: Tensor) -> Tensor:
+        """w: (out, r) over the channels of h."""
+
+    def channels(self, v: Tensor) -> Tensor:
+        """v: (out,) shaped to scale or shift the output."""
+
+    def pair(self, r: int, bias: bool = False) -> Pair:
+        """Fresh maps in -> r and r -> out."""
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        """Dropout on an input; indices pass as they are."""
+
+    def low_rank(self, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float = 0.0) -> Tensor:
+        """self(x) + scale b a drop(x), fused where the bits allow."""
+
+    def row_norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """|| W + scale b a || of each output row, a constant: (out,)."""
+
+
+class FrozenLayer:
+    """A layer of the model, by its kind and its weight's format."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        kind, weight = kind_of(layer), format_of(layer)
+        if kind is None or weight is None:
+            raise UnsupportedError(
+                f"expected a layer of a supported kind (linear, GPT-2 Conv1D, embedding) with a "
+                f"dense, 4-bit or int8 bitsandbytes weight, got {type(layer).__module__}."
+                f"{type(layer).__name__}"
+            )
+        self.layer, self.kind, self.weight = layer, kind, weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kind.shape
+
+    @property
+    def indexed(self) -> bool:
+        return self.kind.indexed
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.layer, "bias", None)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = self.layer(x, *args, **kwargs)
+        return y
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        return self.kind.orient(self.weight.read()), self.bias
+
+    def write(self, w: Tensor, bias: Tensor | None) -> None:
+        """Store a merged weight (and bias, when there is one) in new tensors."""
+        if bias is not None and not hasattr(self.layer, "bias"):
+            raise UnsupportedError(f"a {self.kind.name} layer has no bias to merge into")
+        self.weight.write(self.kind.orient(w))
+        if bias is not None:
+            old = self.bias
+            dtype = w.dtype if old is None else old.dtype
+            self.layer.bias = nn.Parameter(
+                bias.detach().to(dtype).clone(), requires_grad=old is not None and old.requires_grad
+            )
+
+    def snapshot(self) -> tuple[tuple[Any, ...], Tensor | None]:
+        """The stored tensors as they are; ``write`` leaves them alone."""
+        return self.weight.snapshot(), self.bias
+
+    def restore(self, held: tuple[tuple[Any, ...], Tensor | None]) -> None:
+        """Put a snapshot back, to the bit."""
+        weight, bias = held
+        self.weight.restore(weight)
+        if hasattr(self.layer, "bias"):
+            self.layer.bias = bias
+
+    def apply(self, x: Tensor, w: Tensor) -> Tensor:
+        return self.kind.apply(x, w)
+
+    def mix(self, h: Tensor, w: Tensor) -> Tensor:
+        return self.kind.mix(h, w)
+
+    def channels(self, v: Tensor) -> Tensor:
+        return self.kind.channels(v)
+
+    def pair(self, r: int, bias: bool = False) -> Pair:
+        return self.kind.pair(r, bias)
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return x if self.indexed or p == 0 else dropout(x, p)
+
+    def low_rank(self, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float = 0.0) -> Tensor:
+        if not self.kind.product or self.why_not_fused() is not None:
+            return _added(self, x, a, b, scale, p)
+        return low_rank(
+            x, a, b, scale, bits=self.bits(), bias=self.bias, p=p,
+            compute=self.weight.compute(x), out=compute_dtype(x),
+        )  # fmt: skip
+
+    def row_norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        bits = self.bits() if self.kind.product else None
+        if bits is None:
+            return _norm(self.read()[0], a, b, scale)
+        return row_norm(bits, a, b, scale)
+
+    def why_not_fused(self) -> str | None:
+        """Why the layer itself must be called instead of an op over its bits."""
+        layer = self.layer
+        if not self.kind.product:
+            return f"a {self.kind.name} layer is not a matrix product"
+        if "forward" in layer.__dict__ or hasattr(layer, "_hf_hook"):
+            return "the layer's forward was replaced (offload hook, tensor parallel)"
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            return "the layer has forward hooks"
+        if not self.kind.stock_forward:
+            return f"{type(layer).__name__} has a forward of its own"
+        if layer.weight.requires_grad:
+            return "the base weight is trained"
+        if self.weight.bits() is None:
+            return f"{self.weight.name}: the layer quantises its input and must multiply itself"
+        return None
+
+    def bits(self) -> Bits | None:
+        bits = self.weight.bits()
+        if isinstance(bits, Dense):
+            return bits._replace(w=self.kind.orient(bits.w))
+        return bits
+
+
+class Stacked:
+    """``adapter`` on ``base``: another base."""
+
+    def __init__(self, adapter: Adapter, base: Base) -> None:
+        self.adapter, self.base = adapter, base
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def indexed(self) -> bool:
+        return self.base.indexed
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.read()[1]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.adapter.forward(x, self.base)
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        return self.adapter.merged(*self.base.read())
+
+    def apply(self, x: Tensor, w: Tensor) -> Tensor:
+        return self.base.apply(x, w)
+
+    def mix(self, h: Tensor, w: Tensor) -> Tensor:
+        return self.base.mix(h, w)
+
+    def channels(self, v: Tensor) -> Tensor:
+        return self.base.channels(v)
+
+    def pair(self, r: int, bias: bool = False) -> Pair:
+        return self.base.pair(r, bias)
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return self.base.drop(x, p)
+
+    def low_rank(self, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float = 0.0) -> Tensor:
+        return _added(self, x, a, b, scale, p)
+
+    def row_norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        return _norm(self.read()[0], a, b, scale)
+
+
+class Called:
+    """A base whose layer is called with further arguments, for layers that take more than x."""
+
+    def __init__(self, base: FrozenLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._base, self._args, self._kwargs = base, args, kwargs
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._base(x, *self._args, **self._kwargs)
+
+    def low_rank(self, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float = 0.0) -> Tensor:
+        return _added(self, x, a, b, scale, p)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+
+def _added(base: Base, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
+    """base(x) + scale b a drop(x): the base is called, the low-rank part added."""
+    y = base(x)
+    if not base.indexed and len(base.shape) == 2:
+        kind = compute_dtype(x)
+        return y + low_rank(x, a, b, scale, p=p, compute=kind, out=kind).to(y.dtype)
+    x = base.drop(x, p)
+    if x.is_floating_point():
+        x = x.to(a.dtype)
+    return y + (base.mix(base.apply(x, a), b) * scale).to(y.dtype)
+
+
+def _norm(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    wide = torch.promote_types(w.dtype, torch.float32)
+    with torch.no_grad():
+        delta = compose(a.to(wide), b.to(wide)) * scale
+        return (w.to(wide) + delta).flatten(1).norm(dim=1)
+
+
+def compose(a: Tensor, b: Tensor) -> Tensor:
+    """b a as one weight: a (r, in, *kernel), b (out, r, ...) -> (out, in, *kernel)."""
+    return (b.flatten(1) @ a.flatten(1)).view(b.shape[0], *a.shape[1:])

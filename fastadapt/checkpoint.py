@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter files in PEFT's layout: written whole or not at all, checked whole before loading.
+
+``open_adapter`` reads the config and the tensors' shapes, ``check`` compares them with the model
+and raises one CheckpointError with every problem, ``fill`` copies the tensors in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt import inject, slots
+from fastadapt.config import CONFIG_NAME, AdapterConfig, PeftConfig
+from fastadapt.errors import CheckpointError, FastAdaptWarning, OutputError
+from fastadapt.files import fetch, write_atomic
+from fastadapt.fingerprint import differences, fingerprint
+
+SAFETENSORS_NAME = "adapter_model.safetensors"
+BIN_NAME = "adapter_model.bin"
+_BASE = "fastadapt_base"
+_SHOWN = 12
+
+
+@dataclass
+class AdapterFile:
+    """An adapter on disk. shapes: key -> shape; tensors are read by ``read``."""
+
+    config: AdapterConfig
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+    held: dict[str, Tensor] = field(default_factory=dict)
+
+    def read(self) -> dict[str, Tensor]:
+        """Every tensor, on the CPU; kept until the adapter is filled in."""
+        if not self.held:
+            from safetensors.torch import load_file
+
+            self.held = load_file(self.path)
+        return self.held
+
+
+@dataclass
+class LoadReport:
+    """What did not fit: PEFT's two lists, and every problem in words."""
+
+    missing_keys: list[str] = field(default_factory=list)
+    unexpected_keys: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def open_adapter(model_id: Any, *, config: Any = None, **kwargs: Any) -> AdapterFile:
+    """Read an adapter's config and header. Raises CheckpointError for what is no adapter."""
+    where = {k: v for k, v in kwargs.items() if v is not None}
+    if config is None:
+        config = PeftConfig.from_pretrained(model_id, **where)
+    path = fetch(str(model_id), SAFETENSORS_NAME, **where)
+    if path is not None:
+        return AdapterFile(config, path, *_header(path))
+    path = fetch(str(model_id), BIN_NAME, **where)
+    if path is None:
+        raise CheckpointError(
+            f"{model_id}: expected {SAFETENSORS_NAME} (or {BIN_NAME}), found neither"
+        )
+    tensors = _load_bin(path)
+    return AdapterFile(config, path, {k: tuple(t.shape) for k, t in tensors.items()}, {}, tensors)
+
+
+def check(
+    root: nn.Module, adapter: AdapterFile, *, strict: bool = True, name: str | None = None
+) -> LoadReport:
+    """Compare a file with the model it is for, without changing the model.
+
+    name: compare with this adapter of the model; None: with the adapter that the config would
+    make. Raises CheckpointError (``strict``) or warns, with every problem at once."""
+    if name is None:
+        made = inject.plan(root, adapter.config, meta=True)
+        expected = slots.planned(root, made)
+        paths = set(made.adapters)
+    else:
+        expected = slots.existing(root, adapter.config, name)
+        paths = {p for p, _ in inject.adapted(root)}
+    optional = slots.embeddings(root, paths)
+    problems = differences(adapter.metadata.get(_BASE, ""), root)
+    missing = [k for k in expected if k not in adapter.shapes]
+    unexpected = [k for k in adapter.shapes if k not in expected and k not in optional]
+    problems += [f"missing: {k}" for k in missing]
+    problems += [f"unexpected: {k}{_near(k, expected)}" for k in unexpected]
+    misshapen = [
+        f"shape of {k}: expected {tuple(slot.tensor.shape)}, got {adapter.shapes[k]}"
+        for k, slot in {**optional, **expected}.items()
+        if k in adapter.shapes and tuple(slot.tensor.shape) != adapter.shapes[k]
+    ]
+    if not misshapen and not unexpected:
+        tensors = adapter.read()
+        bad = [k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+        problems += [f"not finite: {k}" for k in bad]
+        _warn_without_effect(adapter)
+    report = LoadReport(missing, unexpected, problems + misshapen)
+    if misshapen or (strict and problems):
+        raise CheckpointError(_message(adapter.path, report.problems))
+    if problems:
+        warnings.warn(_message(adapter.path, report.problems), FastAdaptWarning, stacklevel=3)
+    return report
+
+
+def fill(root: nn.Module, adapter: AdapterFile, name: str) -> None:
+    """Copy the tensors of a checked file into the adapter ``name`` of the model."""
+    paths = {p for p, _ in inject.adapted(root)}
+    places = {**slots.embeddings(root, paths), **slots.existing(root, adapter.config, name)}
+    with torch.no_grad():
+        for key, tensor in adapter.read().items():
+            if key in places:
+                places[key].tensor.copy_(tensor)
+    adapter.held = {}
+
+
+def adapter_state_dict(
+    root: nn.Module,
+    config: AdapterConfig,
+    name: str,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's keys. ``state_dict``: gathered elsewhere (FSDP,
+    DeepSpeed), with the model's own keys or the wrapper's."""
+    places = slots.existing(root, config, name)
+    asked = config.target_modules
+    targeted = isinstance(asked, set | list) and any(
+        t == e or t.endswith("." + e) for t in asked for e in slots.EMBEDDINGS
+    )
+    if save_embedding_layers is True or (save_embedding_layers == "auto" and targeted):
+        if save_embedding_layers == "auto":
+            warnings.warn(
+                "Setting `save_embedding_layers` to `True` as embedding layers found in "
+                "`target_modules`.",
+                stacklevel=3,
+            )
+        places.update(slots.embeddings(root, {p for p, _ in inject.adapted(root)}))
+    if state_dict is None:
+        return {k: slot.tensor.detach() for k, slot in places.items()}
+    gathered = {k.removeprefix("_orig_mod.").removeprefix(slots.PREFIX): v
+                for k, v in state_dict.items()}  # fmt: skip
+    absent = [slot.live for slot in places.values() if slot.live not in gathered]
+    if absent:
+        raise CheckpointError(f"the state dict given lacks {absent[:3]} (of {len(absent)})")
+    return {k: gathered[slot.live].detach() for k, slot in places.items()}
+
+
+def save(
+    root: nn.Module,
+    config: AdapterConfig,
+    name: str,
+    folder: str | os.PathLike[str],
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+    safe_serialization: bool = True,
+    save_embedding_layers: bool | str = "auto",
+) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, each whole or not at all.
+
+    Raises CheckpointError for an adapter that is empty or not finite, OutputError for a folder
+    that cannot be written; files that were there then stand."""
+    tensors = adapter_state_dict(
+        root, config, name, state_dict=state_dict, save_embedding_layers=save_embedding_layers
+    )
+    _refuse(tensors, name)
+    folder = Path(folder)
+    if folder.is_file():
+        raise OutputError(f"expected a directory to save to, got the file {folder}")
+    ready = {k: t.to("cpu").contiguous().clone() for k, t in tensors.items()}
+    mapping = None
+    if config.task_type is None:
+        mapping = {"base_model_class": _plain_class(root), "parent_library": type(root).__module__}
+    text = config.to_json(inference_mode=True, auto_mapping=mapping)
+    metadata = {"format": "pt", _BASE: fingerprint(root)}
+
+    def write(path: Path) -> None:
+        if safe_serialization:
+            from safetensors.torch import save_file
+
+            save_file(ready, path, metadata=metadata)
+        else:
+            torch.save(ready, path)
+
+    write_atomic(folder / (SAFETENSORS_NAME if safe_serialization else BIN_NAME), write)
+    write_atomic(folder / CONFIG_NAME, text.encode())
+
+
+def _refuse(tensors: dict[str, Tensor], name: str) -> None:
+    if not tensors or not any(t.numel() for t in tensors.values()):
+        raise CheckpointError(
+            f"adapter {name!r} has no values to save: were its parameters gathered (ZeRO-3, FSDP)?"
+        )
+    bad = [k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if bad:
+        raise CheckpointError(
+            f"adapter {name!r} is not saved, its values are not finite: {', '.join(bad[:_SHOWN])}"
+        )
+
+
+def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
+            return shapes, dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: expected a safetensors file, got {error}") from error
+
+
+def _load_bin(path: Path) -> dict[str, Tensor]:
+    warnings.warn(
+        f"{path} is a pickle; save the adapter again to get safetensors", FastAdaptWarning,
+        stacklevel=4,
+    )  # fmt: skip
+    import pickle
+
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path}: expected a pickle of tensors only, got {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
+        raise CheckpointError(f"{path}: expected a dict of tensors, got {type(values).__name__}")
+    return values
+
+
+def _warn_without_effect(adapter: AdapterFile) -> None:
+    b = [t for k, t in adapter.read().items() if ".lora_B." in k or k.endswith(".lora_embedding_B")]
+    if b and all(not t.any() for t in b):
+        warnings.warn(
+            f"{adapter.path}: every lora_B is zero, this adapter changes nothing",
+            FastAdaptWarning,
+            stacklevel=4,
+        )
+
+
+def _near(key: str, expected: dict[str, Any]) -> str:
+    if len(expected) > 20_000:
+        return ""
+    close = difflib.get_close_matches(key, expected, 1, 0.9)
+    return f" (near {close[0]})" if close else ""
+
+
+def _message(path: Path, problems: list[str]) -> str:
+    shown = problems[:_SHOWN]
+    more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    return "\n  ".join([f"{path} does not fit this model:", *shown, *more])
+
+
+def _plain_class(root: nn.Module) -> str:
+    return type(root).__name__

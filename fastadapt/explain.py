@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs where: one record for every module that holds parameters."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastadapt import inject, targets
+from fastadapt.errors import KernelError
+from fastadapt.layer import AdaptedLayer
+from fastadapt.modules_to_save import ModulesToSaveWrapper
+from fastadapt.ops.dispatch import IMPLEMENTATIONS
+from fastadapt.ops.low_rank import fields, low_rank_fwd
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One module.
+
+    adapters: name -> method; implementation: what runs the adapted product ("native",
+    "reference", "layer" when the base layer itself is called), None for a module without adapter;
+    reason: why a faster one does not; flops: of the adapters, per token, forward.
+    """
+
+    module: str
+    kind: str
+    format: str
+    parameters: int
+    trainable: int
+    adapters: dict[str, str] = field(default_factory=dict)
+    implementation: str | None = None
+    reason: str | None = None
+    flops: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """records: one a module; tokens: the token count they are for."""
+
+    records: list[dict[str, Any]]
+    tokens: int
+
+    @property
+    def coverage(self) -> float:
+        """The share of the adapters' FLOPs that run in fused ops rather than beside the layer."""
+        total = sum(r["flops"] for r in self.records)
+        fused = sum(r["flops"] for r in self.records if r["implementation"] in IMPLEMENTATIONS)
+        return fused / total if total else 0.0
+
+    def implementations(self) -> dict[str, int]:
+        """implementation -> number of layers."""
+        return dict(Counter(r["implementation"] for r in self.records if r["implementation"]))
+
+    def to_json(self) -> str:
+        values = {"tokens": self.tokens, "coverage": self.coverage, "records": self.records}
+        return json.dumps(values, indent=2)
+
+    def table(self) -> Any:
+        """A rich table, equal modules of different layers on one line."""
+        from rich.table import Table
+
+        rows: dict[tuple[str, ...], list[int]] = {}
+        for r in self.records:
+            name = ".".join("*" if p.isdigit() else p for p in r["module"].split("."))
+            method = ", ".join(sorted(set(r["adapters"].values()))) or "-"
+            key = (name, r["kind"], r["format"], method, r["implementation"] or "-", r["reason"] or "")
+            count = rows.setdefault(key, [0, 0])
+            count[0] += 1
+            count[1] += r["trainable"]
+        table = Table(title=f"fastadapt, {self.tokens} tokens: {self.coverage:.0%} of adapter FLOPs fused")
+        for column in ("module", "kind", "format", "method", "runs on", "why not faster"):
+            table.add_column(column, overflow="fold")
+        table.add_column("layers", justify="right")
+        table.add_column("trainable", justify="right")
+        for key, (layers, trainable) in rows.items():
+            table.add_row(*key, str(layers), f"{trainable:,}")
+        return table
+
+    def __str__(self) -> str:
+        from io import StringIO
+
+        from rich.console import Console
+
+        out = StringIO()
+        Console(file=out, width=140).print(self.table())
+        return out.getvalue()
+
+
+def explain(model: Any, tokens: int = 512, *, require: float | None = None) -> Explanation:
+    """Records for every module of ``model`` that holds parameters, adapted or not.
+
+    tokens: the token count that implementations are chosen for
+    require: raise KernelError when less than this share of adapter FLOPs is fused (0 to 1)
+    """
+    root = getattr(model, "adapter_root", model)
+    adapted = dict(inject.adapted(root))
+    records = []
+    for path, module in targets.walk(root):
+        own = [p for p in module.parameters(recurse=path in adapted)]
+        if own:
+            records.append(asdict(_record(path, module, own, tokens)))
+    result = Explanation(records=records, tokens=tokens)
+    if require is not None and result.coverage < require:
+        slow = [f"{r['module']}: {r['reason']}" for r in records if r["implementation"] == "layer"]
+        raise KernelError(
+            f"expected {require:.0%} of the adapters' FLOPs in fused ops, got "
+            f"{result.coverage:.0%}; not fused: {'; '.join(slow[:5])}"
+        )
+    return result
+
+
+def _record(path: str, module: nn.Module, own: list[Any], tokens: int) -> Record:
+    trainable = sum(p.numel() for p in own if p.requires_grad)
+    facts: dict[str, Any] = {"kind": type(module).__name__, "format": "dense"}
+    if isinstance(module, AdaptedLayer):
+        frozen = module.frozen
+        facts = {"kind": frozen.kind.name, "format": frozen.weight.name}
+        facts["adapters"] = {n: a.name for n, a in module.adapters.items()}
+        facts["implementation"], facts["reason"] = _implementation(module, tokens)
+        facts["flops"] = 2 * trainable
+    elif isinstance(module, ModulesToSaveWrapper):
+        facts["kind"] = type(module.original_module).__name__
+        facts["adapters"] = dict.fromkeys(module.modules_to_save, "modules_to_save")
+    elif type(own[0]).__name__ == "Params4bit":
+        facts["format"] = "bnb4"
+    elif type(own[0]).__name__ == "Int8Params":
+        facts["format"] = "bnb8"
+    return Record(
+        module=path, parameters=sum(p.numel() for p in own), trainable=trainable, **facts
+    )
+
+
+def _implementation(layer: AdaptedLayer, tokens: int) -> tuple[str, str | None]:
+    reason = layer.frozen.why_not_fused()
+    if reason is not None:
+        return "layer", reason
+    bits = layer.frozen.bits()
+    n, k = layer.frozen.shape
+    x = torch.empty((tokens, k), device=layer.base_layer.weight.device)
+    empty = x.new_empty(0)
+    args = (x, None, empty, empty, 1.0, 0.0, None, x.dtype, x.dtype, *fields(bits))
+    chosen = low_rank_fwd.choose(*args)
+    faster = IMPLEMENTATIONS[: IMPLEMENTATIONS.index(chosen)]
+    reasons = [low_rank_fwd.why_not(i, *args) for i in faster]
+    return chosen, "; ".join(r for r in reasons if r) or None

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put the adapters of one configuration into a model: plan everything, then change the model.
+
+``plan`` resolves targets and builds the adapters, and raises before the model is touched;
+``attach`` inserts what was planned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastadapt import targets
+from fastadapt.adapter import Adapter, Part
+from fastadapt.base import FrozenLayer
+from fastadapt.config import AdapterConfig, TaskType
+from fastadapt.errors import FastAdaptWarning, LifecycleError, TargetError
+from fastadapt.kinds import kind_of
+from fastadapt.layer import AdaptedLayer, warn_low_precision
+from fastadapt.methods import method_of
+from fastadapt.modules_to_save import ModulesToSaveWrapper
+
+_HEADS = {
+    TaskType.SEQ_CLS: ["classifier", "score"],
+    TaskType.TOKEN_CLS: ["classifier", "score"],
+    TaskType.QUESTION_ANS: ["qa_outputs"],
+}
+"""Heads that a task always trains whole."""
+
+
+@dataclass
+class Plan:
+    """What one configuration will put where.
+
+    config: with targets resolved; adapters: path -> adapter, in the model's order;
+    saved: paths of the modules that are trained whole.
+    """
+
+    config: AdapterConfig
+    adapters: dict[str, Adapter]
+    saved: list[str]
+
+
+def plan(
+    model: nn.Module, config: AdapterConfig, *, allow_unmatched: bool = True, meta: bool = False
+) -> Plan:
+    """Resolve and build, leaving the model alone. ``meta``: parameters without memory.
+
+    Raises TargetError (nothing matched; a name without a match unless ``allow_unmatched``, which
+    warns) and UnsupportedError (a target that cannot be adapted)."""
+    method = method_of(config.peft_type).variant(config)
+    config = _resolved(model, config)
+    modules = dict(targets.walk(model))
+    chosen = targets.select(config, modules)
+    _report(config, modules, chosen, allow_unmatched)
+    bases = {p: _base(p, modules[p]) for p in chosen}
+    device = torch.device("meta") if meta else torch.device("cpu")
+    with device:
+        shared = method.shared(config, dict(bases))
+        adapters = {p: method(config.at(p), base, shared) for p, base in bases.items()}
+    wanted = config.modules_to_save or []
+    saved = [p for p in modules if any(p == m or p.endswith("." + m) for m in wanted)]
+    saved = [p for p in saved if not isinstance(modules[p], AdaptedLayer)]
+    absent = [m for m in wanted if not any(p == m or p.endswith("." + m) for p in saved)]
+    absent = [m for m in absent if m not in _task_heads(config)]
+    if absent:
+        raise TargetError(f"modules_to_save: no module is named {absent}")
+    return Plan(config, adapters, saved)
+
+
+def attach(model: nn.Module, made: Plan, name: str, *, autocast_adapter_dtype: bool = True) -> None:
+    """Insert the planned adapters under ``name``; the first adapter of a model becomes active and
+    the rest of the model is frozen."""
+    layers = dict(adapted(model))
+    if any(_holds(layer, name) for layer in layers.values()):
+        raise LifecycleError(f"Adapter with name {name} already exists.")
+    first = not layers
+    active = [name] if first else _active(model)
+    if first:
+        model.requires_grad_(False)
+    for path, adapter in made.adapters.items():
+        layer = layers.get(path) or _replace(model, path, AdaptedLayer)
+        _place(adapter, layer.frozen, autocast_adapter_dtype)
+        layer.add(name, adapter)
+        adapter.start(layer.frozen)
+        layer.set_adapter(active, inference_mode=made.config.inference_mode)
+    for path in made.saved:
+        wrapper = layers.get(path) or _replace(model, path, ModulesToSaveWrapper)
+        wrapper.add(name)
+        if autocast_adapter_dtype:
+            _widen(wrapper.modules_to_save[name])
+        wrapper.set_adapter(active, inference_mode=made.config.inference_mode)
+    set_bias_trainable(model, made.config, name, name in active and not made.config.inference_mode)
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(path, layer) of every adapted layer and every wrapper of a module trained whole."""
+    return (
+        (p, m) for p, m in targets.walk(model) if isinstance(m, AdaptedLayer | ModulesToSaveWrapper)
+    )
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Set the submodule at ``path``."""
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def set_bias_trainable(
+    model: nn.Module, config: AdapterConfig, name: str, trainable: bool
+) -> None:
+    """``bias="all"`` trains every bias of the base, "<method>_only" those of adapted layers."""
+    mode = getattr(config, "bias", "none")
+    if mode == "none" or not trainable:
+        return
+    if mode == "all":
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias") and ".lora_" not in key:
+                parameter.requires_grad_(True)
+        return
+    for _, layer in adapted(model):
+        if isinstance(layer, AdaptedLayer) and name in layer.adapters and layer.bias is not None:
+            layer.base_layer.bias.requires_grad_(True)
+
+
+def _resolved(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+    """A copy with targets as names and the task's heads among modules_to_save."""
+    wanted = config.target_modules
+    if wanted is None and not getattr(config, "target_parameters", None):
+        wanted = targets.default_targets(model)
+        wanted = wanted if isinstance(wanted, str) else set(wanted)
+    elif isinstance(wanted, str) and wanted.lower() == targets.ALL_LINEAR:
+        paths = targets.linear_paths(model, _is_linear)
+        others = [p for p, _ in targets.walk(model) if p not in paths]
+        wanted = targets.condense(paths, others)
+    elif isinstance(wanted, set):
+        names = [p for p, _ in targets.walk(model)]
+        exact = {p for p in names if any(p == t or p.endswith("." + t) for t in wanted)}
+        if len(wanted) >= 20 and exact:
+            wanted = targets.condense(wanted, [p for p in names if p not in exact])
+    new = dataclasses.replace(config, target_modules=wanted)
+    heads = _task_heads(config)
+    if heads:
+        new.modules_to_save = [*(config.modules_to_save or [])]
+        new.modules_to_save += [h for h in heads if h not in new.modules_to_save]
+    return new
+
+
+def _task_heads(config: AdapterConfig) -> list[str]:
+    return _HEADS.get(TaskType(config.task_type), []) if config.task_type else []
+
+
+def _is_linear(module: nn.Module) -> bool:
+    layer = module.base_layer if isinstance(module, AdaptedLayer) else module
+    kind = kind_of(layer)  # type: ignore[arg-type]
+    return kind is not None and kind.product
+
+
+def _base(path: str, module: nn.Module) -> FrozenLayer:
+    if isinstance(module, AdaptedLayer):
+        return module.frozen
+    try:
+        return FrozenLayer(module)
+    except ValueError as error:
+        raise type(error)(f"Target module {path} is not supported: {error}") from error
+
+
+def _report(
+    config: AdapterConfig, modules: dict[str, Any], chosen: list[str], allow_unmatched: bool
+) -> None:
+    absent = targets.unmatched(config, modules)
+    if not chosen:
+        asked = config.target_modules
+        near = {k: v for k, v in absent.items() if v}
+        hint = f" Near: {targets.describe(near)}." if near else ""
+        raise TargetError(
+            f"Target modules {asked if isinstance(asked, str) else sorted(asked or [])} not found "
+            "in the base model. Please check the target modules, excluded modules and layer "
+            f"indices and try again.{hint}"
+        )
+    if absent:
+        text = f"target_modules: no module is named {targets.describe(absent)}"
+        if not allow_unmatched:
+            raise TargetError(f"{text}; correct it, or pass allow_unmatched=True")
+        warnings.warn(text, FastAdaptWarning, stacklevel=4)
+
+
+def _replace(model: nn.Module, path: str, wrapper: type[Any]) -> Any:
+    made = wrapper(model.get_submodule(path))
+    put(model, path, made)
+    return made
+
+
+def _place(adapter: Adapter, base: FrozenLayer, autocast: bool) -> None:
+    """Parts to the base's device and dtype; half precision is widened unless ``autocast`` is off."""
+    device, dtype = base.layer.weight.device, base.weight.dtype
+    adapter.parts = {k: _to(part, device, dtype, autocast) for k, part in adapter.parts.items()}
+
+
+def _to(part: Part, device: Any, dtype: torch.dtype, autocast: bool) -> Part:
+    wide = torch.float32 if autocast and dtype in (torch.float16, torch.bfloat16) else dtype
+    if isinstance(part, nn.Parameter):
+        return nn.Parameter(part.detach().to(device, dtype).to(wide), part.requires_grad)
+    return part.to(device, dtype).to(wide)
+
+
+def _widen(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+
+
+def _holds(layer: Any, name: str) -> bool:
+    return name in (layer.adapters if isinstance(layer, AdaptedLayer) else layer.modules_to_save)
+
+
+def _active(model: nn.Module) -> list[str]:
+    return next((layer.active_adapters for _, layer in adapted(model) if layer.active_adapters), [])
+
+
+def low_precision_warning(model: nn.Module, name: str) -> None:
+    """Warn once when an adapter would train in half precision."""
+    for _, layer in adapted(model):
+        if isinstance(layer, AdaptedLayer) and name in layer.adapters:
+            for part in layer.parts_of(name):
+                tensors = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
+                for tensor in tensors:
+                    if tensor.requires_grad and tensor.dtype in (torch.float16, torch.bfloat16):
+                        warn_low_precision(name, tensor.dtype)
+                        return

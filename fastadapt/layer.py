@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only module that is inserted into a model: a base layer and its adapters.
+
+It has PEFT's shape in the module tree (``base_layer``, ``lora_A.default.weight``), because
+checkpoints, TRL, vLLM, accelerate and users' scripts select by those names. It owns the
+parameters, the active stack and the merged state; nothing else keeps a flag.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt.adapter import Adapter
+from fastadapt.base import Base, Called, FrozenLayer, Stacked
+from fastadapt.errors import FastAdaptWarning, LifecycleError
+
+BASE_NAME = "__base__"
+"""In ``adapter_names``: this row takes no adapter."""
+
+
+class AdaptedLayer(nn.Module):
+    """base_layer with named adapters, of any mix of methods.
+
+    forward(x, ..., adapter_names=None): ``adapter_names`` gives one adapter a row of the batch.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.frozen = FrozenLayer(base_layer)
+        self.adapters: dict[str, Adapter] = {}
+        self.merged_adapters: list[str] = []
+        self._part_names: list[str] = []
+        self._value_names: list[str] = []
+        self._active: list[str] = []
+        self._disabled = False
+        self.rows: Sequence[str] | None = None
+        self._snapshots: list[Any] = []
+        self.frozen.weight.attach()
+        self.train(base_layer.training)
+
+    # what PEFT's tools ask of a layer
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        return tuple(self._part_names)
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        return tuple(self._value_names)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self._active[0] if len(self._active) == 1 else list(self._active)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disabled
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    @property
+    def weight(self) -> Any:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.base_layer.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.frozen.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.frozen.shape[0]
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """W' - W of one adapter, in the orientation that the layer stores."""
+        w, bias = self.frozen.read()
+        merged, _ = self.adapters[adapter].merged(w, bias)
+        return self.frozen.kind.orient(merged - w.to(merged.dtype))
+
+    # adapters
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Take over the adapter's parts and values, on the base's device."""
+        for key, part in adapter.parts.items():
+            if key not in self._part_names:
+                holder = nn.ModuleDict if isinstance(part, nn.Module) else nn.ParameterDict
+                setattr(self, key, holder())
+                self._part_names.append(key)
+            getattr(self, key)[name] = part
+        for key, value in adapter.values.items():
+            if key not in self._value_names:
+                setattr(self, key, {})
+                self._value_names.append(key)
+            getattr(self, key)[name] = value
+        adapter.attach(self, name)
+        self.adapters[name] = adapter
+        for part in self.parts_of(name):
+            part.train(self.training) if isinstance(part, nn.Module) else None
+
+    def parts_of(self, name: str) -> list[nn.Module | nn.Parameter]:
+        """The modules and parameters of one adapter."""
+        holders = (getattr(self, key) for key in self._part_names)
+        return [holder[name] for holder in holders if name in holder]
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these active, in this order, and trainable; all others are frozen."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._active = names
+        for name in self.adapters:
+            self._set_requires_grad(name, name in names and not inference_mode)
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.adapters:
+                self._set_requires_grad(name, requires_grad)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off; what is trainable stays as it was."""
+        self._disabled = not enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget one adapter; merged weights are unmerged first."""
+        if adapter_name not in self.adapters:
+            return
+        if adapter_name in self.merged_adapters:
+            self.unmerge()
+        del self.adapters[adapter_name]
+        for key in self._part_names + self._value_names:
+            getattr(self, key).pop(adapter_name) if adapter_name in getattr(self, key) else None
+        self._active = [n for n in self._active if n != adapter_name]
+
+    # scale (PEFT's names)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """s = scale * alpha / r."""
+        if adapter in self.adapters and "scaling" in self._value_names:
+            self.scaling[adapter] = scale * self.adapters[adapter].config.scaling
+
+    def scale_layer(self, scale: float) -> None:
+        for name in self._active:
+            if "scaling" in self._value_names and name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        for name in self._active:
+            if scale is None:
+                self.set_scale(name, 1.0)
+            elif "scaling" in self._value_names and name in self.scaling:
+                self.scaling[name] /= scale
+
+    # merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the adapters (default: the active ones) into the base weight.
+
+        ``safe_merge``: refuse a merged weight that is not finite. ``unmerge`` restores the stored
+        bits exactly."""
+        names = self._active if adapter_names is None else adapter_names
+        again = [n for n in names if n in self.merged_adapters]
+        if again:
+            warnings.warn(f"Already merged: {again}. Nothing to do for them.", stacklevel=2)
+        names = [n for n in names if n in self.adapters and n not in self.merged_adapters]
+        if not names:
+            return
+        with torch.no_grad():
+            w, bias = self.stack(names).read()
+            if safe_merge and not (
+                torch.isfinite(w).all() and (bias is None or torch.isfinite(bias).all())
+            ):
+                raise LifecycleError(
+                    f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken"
+                )
+            held = self.frozen.snapshot()
+            self.frozen.write(w, None if bias is held[1] else bias)
+        self._snapshots.append(held)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the base weight back as it was before the first merge."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        device = self.base_layer.weight.device
+        self.frozen.restore(self._snapshots[0])
+        self.base_layer.to(device)
+        self._snapshots.clear()
+        self.merged_adapters.clear()
+
+    def release(self) -> nn.Module:
+        """The base layer, as it stands, given back to the model."""
+        self.frozen.weight.detach()
+        return self.base_layer
+
+    # forward
+
+    def forward(
+        self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        if self._disabled:
+            if self.merged:
+                self.unmerge()
+            y: Tensor = self.base_layer(x, *args, **kwargs)
+            return y
+        names = adapter_names if adapter_names is not None else self.rows
+        if names is not None:
+            return self._mixed(x, names, args, kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        return self.stack(self._active, args, kwargs)(x)
+
+    def stack(
+        self, names: Sequence[str], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Base:
+        """The base layer under these adapters, first to last."""
+        base: Any = Called(self.frozen, args, kwargs or {}) if args or kwargs else self.frozen
+        for name in names:
+            if name in self.adapters:
+                base = Stacked(self.adapters[name], base)
+        return base  # type: ignore[no-any-return]
+
+    def _mixed(
+        self, x: Tensor, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Each row through its own adapter, rows of one adapter together."""
+        if self.merged:
+            raise LifecycleError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
+            )
+        if len(names) != x.shape[0]:
+            raise LifecycleError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {x.shape[0]} respectively."
+            )
+        rows: dict[str, list[int]] = {}
+        for i, name in enumerate(names):
+            rows.setdefault(name if name in self.adapters else BASE_NAME, []).append(i)
+        groups = [torch.tensor(r, device=x.device) for r in rows.values()]
+        parts = [
+            self.stack([name], args, kwargs)(x.index_select(0, group))
+            for name, group in zip(rows, groups, strict=True)
+        ]
+        return torch.cat(parts).index_select(0, torch.cat(groups).argsort())
+
+    def _set_requires_grad(self, name: str, flag: bool) -> None:
+        for part in self.parts_of(name):
+            if part.is_floating_point() if isinstance(part, Tensor) else True:
+                part.requires_grad_(flag)
+
+    def __repr__(self) -> str:
+        methods = sorted({a.name for a in self.adapters.values()}) or ["base"]
+        return f"{methods[0]}." + super().__repr__()
+
+
+def warn_low_precision(adapter: str, dtype: torch.dtype) -> None:
+    """Half-precision parameters lose small updates: 2e-5 steps on N(0, 0.02) weights are rounded
+    away in 70 % of the entries of a bf16 tensor."""
+    warnings.warn(
+        f"adapter {adapter!r} trains in {dtype}: small updates are rounded away; keep "
+        "autocast_adapter_dtype=True to train it in float32",
+        FastAdaptWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One file a method. A new method is its file and its line in ``METHODS``."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fastadapt.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from fastadapt.adapter import Adapter
+
+METHODS = {
+    "LORA": "lora:Lora",
+}
+"""PEFT's type -> module of this package : class."""
+
+
+def method_of(peft_type: Any) -> type[Adapter]:
+    """The adapter class that a ``peft_type`` names."""
+    name = str(getattr(peft_type, "value", peft_type))
+    if name not in METHODS:
+        from fastadapt.config import PeftType
+
+        if name in PeftType.__members__:
+            raise UnsupportedError(
+                f"the method {name} is not built yet; built: {', '.join(sorted(METHODS))}"
+            )
+        close = difflib.get_close_matches(name.upper(), METHODS, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"expected a peft_type, one of {sorted(METHODS)}, got {name!r}{hint}")
+    module, _, cls = METHODS[name].partition(":")
+    return getattr(import_module(f"fastadapt.methods.{module}"), cls)  # type: ignore[no-any-return]

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of adapters on a model: add, activate, disable, merge, unmerge, delete, unload.
+
+``Adapters`` is mixed into both doors, the model patched in place and the PEFT-shaped wrapper;
+each says where the adapted modules start (``adapter_root``).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastadapt import checkpoint, inject
+from fastadapt.config import AdapterConfig, as_config
+from fastadapt.errors import LifecycleError
+from fastadapt.layer import AdaptedLayer
+from fastadapt.modules_to_save import ModulesToSaveWrapper
+
+
+class Adapters:
+    """What a model with adapters can do. State lives in the layers; here are only the configs."""
+
+    _configs: dict[str, AdapterConfig]
+
+    @property
+    def adapter_root(self) -> nn.Module:
+        """The module whose paths are those of the base model."""
+        raise NotImplementedError
+
+    # adapters
+
+    def add_adapter(
+        self,
+        adapter_name: Any,
+        peft_config: Any = None,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        *,
+        allow_unmatched: bool = True,
+    ) -> None:
+        """Add a second adapter; the active one stays active.
+
+        Takes PEFT's argument order (name, config) and that of transformers (config, name)."""
+        if not isinstance(adapter_name, str):
+            adapter_name, peft_config = peft_config or "default", adapter_name
+        config = as_config(peft_config)
+        self._check_new(adapter_name, config)
+        made = inject.plan(self.adapter_root, config, allow_unmatched=allow_unmatched)
+        self._attach(made, adapter_name, autocast_adapter_dtype)
+
+    def _attach(self, made: inject.Plan, name: str, autocast_adapter_dtype: bool = True) -> None:
+        root = self.adapter_root
+        inject.attach(root, made, name, autocast_adapter_dtype=autocast_adapter_dtype)
+        path = getattr(root, "name_or_path", None) or getattr(
+            getattr(root, "config", None), "_name_or_path", None
+        )
+        if made.config.base_model_name_or_path is None:
+            made.config.base_model_name_or_path = path
+        self._configs[name] = made.config
+        inject.low_precision_warning(root, name)
+
+    def _check_new(self, name: str, config: AdapterConfig) -> None:
+        if not isinstance(name, str) or not name or "." in name or name == "__base__":
+            raise LifecycleError(f"expected an adapter name without a dot, got {name!r}")
+        if name in self._configs:
+            raise LifecycleError(f"Adapter with name {name} already exists.")
+        trained = [n for n, c in self._configs.items() if getattr(c, "bias", "none") != "none"]
+        if trained and getattr(config, "bias", "none") != "none":
+            raise LifecycleError(
+                f"{type(config).__name__} supports only 1 adapter with bias. When using multiple "
+                f"adapters, set bias to 'none' for all adapters; {trained[0]!r} trains biases"
+            )
+
+    def load_adapter(
+        self,
+        model_id: Any,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        *,
+        strict: bool = True,
+        autocast_adapter_dtype: bool = True,
+        **kwargs: Any,
+    ) -> checkpoint.LoadReport:
+        """Load an adapter from a folder or hub repository, under a new name or into an adapter
+        of that name. Everything is checked first; on any problem the model is left as it was.
+
+        Raises CheckpointError with every problem; ``strict=False`` warns instead and loads what
+        fits, as PEFT does."""
+        adapter = checkpoint.open_adapter(model_id, **kwargs)
+        root = self.adapter_root
+        if adapter_name not in self._configs:
+            config = adapter.config
+            config.inference_mode = not is_trainable
+            self._check_new(adapter_name, config)
+            report = checkpoint.check(root, adapter, strict=strict)
+            made = inject.plan(root, config)
+            self._attach(made, adapter_name, autocast_adapter_dtype)
+        else:
+            report = checkpoint.check(root, adapter, strict=strict, name=adapter_name)
+        checkpoint.fill(root, adapter, adapter_name)
+        if not is_trainable:
+            self.eval()  # type: ignore[attr-defined]
+        return report
+
+    def set_adapter(
+        self, adapter_name: str | Sequence[str], inference_mode: bool = False
+    ) -> None:
+        """Make one or several adapters active and trainable; all others are frozen."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in names:
+            if name not in self._configs:
+                raise LifecycleError(f"Adapter {name} not found; there are {list(self._configs)}")
+        for _, layer in self._adapted():
+            if isinstance(layer, AdaptedLayer) and layer.merged:
+                warnings.warn(
+                    "Adapter cannot be set when the model is merged. Unmerging the model first.",
+                    stacklevel=2,
+                )
+                layer.unmerge()
+            layer.set_adapter(names, inference_mode)
+        for name in names:
+            inject.set_bias_trainable(
+                self.adapter_root, self._configs[name], name, not inference_mode
+            )
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        """Freeze or train adapters, active or not."""
+        for _, layer in self._adapted():
+            layer.set_requires_grad(adapter_names, requires_grad)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model inside the ``with``; trainability and the active set are untouched."""
+        layers = [layer for _, layer in self._adapted()]
+        before = [layer.disable_adapters for layer in layers]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer, disabled in zip(layers, before, strict=True):
+                layer.enable_adapters(not disabled)
+
+    def disable_adapter_layers(self) -> None:
+        for _, layer in self._adapted():
+            layer.enable_adapters(False)
+
+    def enable_adapter_layers(self) -> None:
+        for _, layer in self._adapted():
+            layer.enable_adapters(True)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; when it was active, the first that is left becomes active."""
+        if adapter_name not in self._configs:
+            raise LifecycleError(f"Adapter {adapter_name} does not exist")
+        was = self._active_names()
+        del self._configs[adapter_name]
+        for _, layer in self._adapted():
+            layer.delete_adapter(adapter_name)
+        left = [n for n in was if n != adapter_name]
+        if adapter_name in was and not left and self._configs:
+            left = [next(iter(self._configs))]
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter "
+                f"to {left[0]}.",
+                stacklevel=2,
+            )
+        if left != was and left:
+            self.set_adapter(left)
+
+    # merging
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Write adapters (default: the active ones) into the base weights; see AdaptedLayer."""
+        for _, layer in self._adapted():
+            if isinstance(layer, AdaptedLayer):
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Restore the base weights, to the bit."""
+        for _, layer in self._adapted():
+            if isinstance(layer, AdaptedLayer) and layer.merged:
+                layer.unmerge()
+
+    def _strip(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None, progressbar: bool
+    ) -> nn.Module:
+        """Take every adapted layer out of the root, merged or as it was."""
+        root, layers = self.adapter_root, list(self._adapted())
+        if merge and safe_merge:
+            # nothing is merged when one layer cannot be: all are checked first
+            for _, layer in layers:
+                if isinstance(layer, AdaptedLayer):
+                    layer.merge(safe_merge=True, adapter_names=adapter_names)
+        for path, layer in _progress(layers, progressbar):
+            if isinstance(layer, ModulesToSaveWrapper):
+                chosen = adapter_names or layer.active_adapters
+                kept = [layer.modules_to_save[n] for n in chosen if n in layer.modules_to_save]
+                inject.put(root, path, kept[0] if merge and kept else layer.original_module)
+                continue
+            if merge and not safe_merge:
+                layer.merge(adapter_names=adapter_names)
+            elif not merge and layer.merged:
+                layer.unmerge()
+            inject.put(root, path, layer.release())
+        return root
+
+    # queries
+
+    def _adapted(self) -> Iterator[tuple[str, Any]]:
+        return inject.adapted(self.adapter_root)
+
+    def _active_names(self) -> list[str]:
+        names: dict[str, None] = {}
+        for _, layer in self._adapted():
+            names.update(dict.fromkeys(layer.active_adapters))
+        return list(names)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all); a 4-bit weight counts the weights it stands for."""
+        trainable = total = 0
+        for parameter in self.parameters():  # type: ignore[attr-defined]
+            count = _count(parameter)
+            total += count
+            trainable += count if parameter.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        """One line, in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(  # noqa: T201
+            f"trainable params: {trainable:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trainable / total:.4f}"
+        )
+
+    @contextmanager
+    def mixed_batch(self, adapter_names: Sequence[str] | None, repeat: int = 1) -> Iterator[None]:
+        """Inside, row i of a batch goes through ``adapter_names[i]`` ("__base__" for none)."""
+        if adapter_names is None:
+            yield
+            return
+        known = {*self._configs, "__base__"}
+        unknown = [n for n in dict.fromkeys(adapter_names) if n not in known]
+        if unknown:
+            raise LifecycleError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}"
+            )
+        names = [n for n in adapter_names for _ in range(repeat)]
+        layers = [layer for _, layer in self._adapted()]
+        for layer in layers:
+            layer.rows = names
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.rows = None
+
+
+def _count(parameter: Tensor) -> int:
+    if type(parameter).__name__ == "Params4bit":
+        return parameter.numel() * 2 * parameter.element_size()
+    return getattr(parameter, "ds_numel", None) or parameter.numel()
+
+
+def _progress(items: list[Any], show: bool) -> Any:
+    if not show:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc="Unloading model")

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A module that is trained whole: one copy an adapter, the original kept frozen beside them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastadapt.errors import LifecycleError
+from fastadapt.layer import BASE_NAME
+
+
+class ModulesToSaveWrapper(nn.Module):
+    """``original_module`` and its trained copies ``modules_to_save[adapter]``.
+
+    Attributes that it does not have come from the copy in use (``weight``, ``out_features``)."""
+
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names: tuple[str, ...] = ()
+    merged_adapters: tuple[str, ...] = ()
+    merged = False
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict()
+        self._active: list[str] = []
+        self._disabled = False
+        self.rows: Sequence[str] | None = None
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self._active[0] if self._active else []
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disabled
+
+    @property
+    def in_use(self) -> nn.Module:
+        """The copy that a plain forward runs, or the original."""
+        name = next((n for n in self._active if n in self.modules_to_save), None)
+        if self._disabled or name is None:
+            return self.original_module
+        return self.modules_to_save[name]
+
+    def add(self, name: str) -> None:
+        """A fresh copy for this adapter; the original is frozen."""
+        self.modules_to_save[name] = copy.deepcopy(self.original_module)
+        self.original_module.requires_grad_(False)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        present = [n for n in names if n in self.modules_to_save]
+        if len(present) > 1:
+            raise LifecycleError(
+                f"Only one adapter can be set at a time for modules_to_save, got {present}"
+            )
+        self._active = present
+        for name, module in self.modules_to_save.items():
+            module.requires_grad_(name in present and not inference_mode)
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.modules_to_save:
+                self.modules_to_save[name].requires_grad_(requires_grad)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self._disabled = not enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.modules_to_save:
+            del self.modules_to_save[adapter_name]
+        self._active = [n for n in self._active if n != adapter_name]
+
+    def forward(
+        self, x: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        names = adapter_names if adapter_names is not None else self.rows
+        if names is None or self._disabled:
+            return self.in_use(x, *args, **kwargs)
+        keys = [n if n in self.modules_to_save else BASE_NAME for n in names]
+        parts, order = [], []
+        for key in dict.fromkeys(keys):
+            rows = torch.tensor([i for i, k in enumerate(keys) if k == key], device=x.device)
+            module = self.original_module if key == BASE_NAME else self.modules_to_save[key]
+            parts.append(module(x.index_select(0, rows), *args, **kwargs))
+            order.append(rows)
+        return torch.cat(parts).index_select(0, torch.cat(order).argsort())
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "modules_to_save"):
+                raise
+            return getattr(self.in_use, name)

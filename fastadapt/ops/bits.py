@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a frozen weight is stored, as the plain tensors that an op can eat.
+
+A format (``fastadapt.weights``) hands one of these to an op; the op never sees the layer.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Dense(NamedTuple):
+    """w: (n, k), any strides, any float dtype."""
+
+    w: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.w.shape[0]), int(self.w.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.w.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.w.dtype
+
+
+class Nf4(NamedTuple):
+    """A 4-bit codebook weight in bitsandbytes' layout (NF4 and FP4 differ in ``code`` alone).
+
+    packed:  uint8, n*k/2 bytes, the even element in the high nibble
+    absmax:  float32 (n*k/blocksize,), or uint8 indices into ``nested_code``
+    code:    float32 (16,)
+    nested_absmax: float32 (ceil(blocks / nested_blocksize),); nested_code: float32 (256,)
+    offset:  float32 (), added to every decoded absmax
+    dtype:   what decoded values are rounded to
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    code: Tensor
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    offset: Tensor | None
+    blocksize: int
+    nested_blocksize: int
+    n: int
+    k: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.n, self.k
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+
+Bits = Dense | Nf4

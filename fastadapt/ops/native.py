@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled extension ``fastadapt._C``: CPU kernels, loaded once, at first use.
+
+It is a plain shared library next to the package's modules, written against libtorch's stable ABI;
+loading it defines ``torch.ops.fastadapt_native``. It is optional: the PyTorch reference serves
+where it is not built.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_HOW_TO_BUILD = (
+    "install again where a C++ compiler and torch are: pip install --no-build-isolation ."
+)
+
+
+def available() -> bool:
+    """Whether the extension is built and loads; the answer does not change within a process."""
+    return why_not() is None
+
+
+@cache
+def why_not() -> str | None:
+    """Why the extension cannot be used and what to do about it, None when it can."""
+    package = Path(__file__).resolve().parents[1]
+    found = sorted(package.glob("_C*.so"))
+    if not found:
+        return f"fastadapt._C is not built; {_HOW_TO_BUILD}"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except (OSError, RuntimeError) as error:
+        return f"fastadapt._C failed to load ({error}); {_HOW_TO_BUILD}"
+    return None
+
+
+def nf4_dequant_(
+    out: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    dtype: torch.dtype,
+) -> None:
+    """out[i] = code[nibble(i)] * absmax[i // blocksize], rounded to ``dtype``, then stored.
+
+    out:    contiguous, float32, bfloat16 or float16, any shape; written in place
+    packed: uint8, ceil(out.numel() / 2) bytes, the even element in the high nibble
+    absmax: float32 (blocks,); or uint8, then
+            ``nested_code[absmax] * nested_absmax[block // nested_blocksize] + offset``
+    The bits are those of bitsandbytes' dequantize_4bit. Raises KernelError without the extension,
+    RuntimeError for tensors that do not fit.
+    """
+    _require()
+    torch.ops.fastadapt_native.nf4_dequant_(
+        out, packed, absmax, code, nested_absmax, nested_code, offset,
+        blocksize, nested_blocksize, dtype,
+    )  # fmt: skip
+
+
+def dropout(x: Tensor, seed: Tensor, p: float, out_dtype: torch.dtype) -> Tensor:
+    """y = x * (keep ? 1 / (1 - p) : 0), rounded once to ``out_dtype``; a new contiguous tensor.
+
+    x: any shape and strides, float32, bfloat16, float16 or float64   seed: int64 (1,)
+    The mask is that of ``fastadapt.ops.dropout``. Raises KernelError without the extension,
+    RuntimeError for tensors that do not fit and for p outside [0, 1).
+    """
+    _require()
+    y: Tensor = torch.ops.fastadapt_native.dropout(x, seed, p, out_dtype)
+    return y
+
+
+def _require() -> None:
+    reason = why_not()
+    if reason is not None:
+        from fastadapt.errors import KernelError
+
+        raise KernelError(reason)

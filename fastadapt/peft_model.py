@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``get_peft_model`` and ``PeftModel``: a wrapper with PEFT's shape, ``base_model.model``.
+
+Where ``peft`` can be imported the wrapper's class is also a subclass of ``peft.PeftModel`` and its
+configs are also ``peft`` configs, so that every ``isinstance`` in the ecosystem holds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastadapt import checkpoint, inject
+from fastadapt.config import AdapterConfig, TaskType, as_config
+from fastadapt.errors import LifecycleError, UnsupportedError
+from fastadapt.model import Adapters
+
+
+class Tuner(Adapters, nn.Module):
+    """``model.base_model``: holds the base model as ``model``, under PEFT's lifecycle names."""
+
+    def __init__(self, model: nn.Module, configs: dict[str, AdapterConfig], prefix: str) -> None:
+        nn.Module.__init__(self)
+        self.model = model
+        self._configs = configs
+        self.prefix = prefix
+
+    @property
+    def adapter_root(self) -> nn.Module:
+        return self.model
+
+    @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        return self._configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self._active_names()
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        names = self._active_names()
+        return names[0] if len(names) == 1 else names
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """The base model, the adapters (default: the active ones) in its weights."""
+        from fastadapt.patch.inplace import untie
+
+        model = self._strip(True, safe_merge, adapter_names, progressbar)
+        untie(model)
+        return model
+
+    def unload(self) -> nn.Module:
+        """The base model, without the adapters."""
+        return self._strip(False, False, None, False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+class PeftModel(Adapters, nn.Module):
+    """A base model with adapters.
+
+    model: the base model, adapted in place; peft_config: a config, ours or PEFT's.
+    """
+
+    def __new__(cls, *_: Any, **__: Any) -> PeftModel:
+        return nn.Module.__new__(joint(cls))
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Any,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        allow_unmatched: bool = True,
+    ) -> None:
+        nn.Module.__init__(self)
+        config = as_config(peft_config)
+        if any(True for _ in inject.adapted(model)):
+            raise LifecycleError("the model has adapters already: unload them first, or add_adapter")
+        self._configs: dict[str, AdapterConfig] = {}
+        self._check_new(adapter_name, config)
+        made = inject.plan(model, config, allow_unmatched=allow_unmatched)
+        method = next(iter(made.adapters.values()))
+        self.base_model = Tuner(model, self._configs, method.prefix)
+        self.peft_type = config.peft_type
+        self._attach(made, adapter_name, autocast_adapter_dtype)
+        if getattr(model, "is_activation_checkpointing", False):
+            self.prepare_model_for_gradient_checkpointing(model)
+
+    def _attach(self, made: inject.Plan, name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._attach(made, name, autocast_adapter_dtype)
+        config = self._configs[name]
+        config.__class__ = joint(type(config))
+
+    @property
+    def adapter_root(self) -> nn.Module:
+        return self.base_model.model
+
+    @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        return self._configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self._active_names()
+
+    @property
+    def active_adapter(self) -> str:
+        names = self._active_names()
+        return names[0] if names else "default"
+
+    @property
+    def active_peft_config(self) -> AdapterConfig:
+        return self._configs[self.active_adapter]
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        names = {m for c in self._configs.values() for m in c.modules_to_save or ()}
+        return names or None
+
+    @property
+    def base_model_torch_dtype(self) -> Any:
+        return getattr(self.adapter_root, "dtype", None)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return any(layer.active_adapters and not layer.disable_adapters
+                   for _, layer in self._adapted())  # fmt: skip
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, with the adapted layers in it."""
+        return self.adapter_root
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        with self.mixed_batch(adapter_names):
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's ``generate``; ``adapter_names``: one adapter a row of the batch."""
+        settings = kwargs.get("generation_config") or getattr(
+            self.adapter_root, "generation_config", None
+        )
+        beams = kwargs.get("num_beams") or getattr(settings, "num_beams", None) or 1
+        with self.mixed_batch(adapter_names, beams):
+            return self.adapter_root.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
+        """Gradients for the inputs, which reentrant checkpointing needs of a frozen embedding."""
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        return model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write the adapters in PEFT's layout: "default" into the folder, every other into a
+        subfolder of its name."""
+        from fastadapt.patch.inplace import save_adapters
+
+        if path_initial_model_for_weight_conversion is not None:
+            raise UnsupportedError(
+                "path_initial_model_for_weight_conversion: not built yet in fastadapt"
+            )
+        if is_main_process:
+            save_adapters(
+                self, save_directory, selected_adapters, state_dict=state_dict,
+                safe_serialization=safe_serialization, save_embedding_layers=save_embedding_layers,
+            )  # fmt: skip
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: Any = None,
+        autocast_adapter_dtype: bool = True,
+        *,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Wrap ``model`` with an adapter from a folder or hub repository.
+
+        Everything is checked before the model is touched: CheckpointError lists every problem;
+        ``strict=False`` warns and loads what fits. ``is_trainable=False`` loads it frozen."""
+        kwargs.pop("low_cpu_mem_usage", None), kwargs.pop("ephemeral_gpu_offload", None)
+        if kwargs.pop("key_mapping", None):
+            raise UnsupportedError("key_mapping: not built yet in fastadapt")
+        adapter = checkpoint.open_adapter(
+            model_id, config=None if config is None else as_config(config), **kwargs
+        )
+        checkpoint.check(model, adapter, strict=strict)
+        adapter.config.inference_mode = not is_trainable
+        if cls is PeftModel:
+            cls = _class_for(adapter.config)
+        made = cls(model, adapter.config, adapter_name, autocast_adapter_dtype)
+        checkpoint.fill(model, adapter, adapter_name)
+        if not is_trainable:
+            made.eval()
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the joint class cannot be found by name
+        return _rebuild, (_own(type(self)),), self.__dict__
+
+
+class PeftModelForCausalLM(PeftModel):
+    """For ``task_type="CAUSAL_LM"``."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """For ``task_type="SEQ_2_SEQ_LM"``."""
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """For ``task_type="SEQ_CLS"``."""
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """For ``task_type="TOKEN_CLS"``."""
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """For ``task_type="QUESTION_ANS"``."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """For ``task_type="FEATURE_EXTRACTION"``."""
+
+
+BY_TASK = {
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: Any,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+    *,
+    allow_unmatched: bool = True,
+) -> PeftModel:
+    """Wrap ``model`` with a new adapter; PEFT's signature.
+
+    ``low_cpu_mem_usage`` is accepted: parameters are made on the CPU and moved, one at a time.
+    Raises ConfigError, TargetError, UnsupportedError before the model is changed."""
+    if mixed:
+        raise UnsupportedError("mixed=True (PeftMixedModel): not built yet in fastadapt")
+    config = as_config(peft_config)
+    if revision is not None:
+        config.revision = revision
+    return _class_for(config)(
+        model, config, adapter_name, autocast_adapter_dtype, allow_unmatched=allow_unmatched
+    )
+
+
+@cache
+def joint(cls: type[Any]) -> type[Any]:
+    """``cls`` joined with PEFT's class of that name, where ``peft`` can be imported; else itself."""
+    peft = _peft()
+    other = getattr(peft, cls.__name__, None)
+    if other is None or issubclass(cls, other):
+        return cls
+    return type(cls.__name__, (cls, other), {"__module__": cls.__module__, "_own": cls})
+
+
+@cache
+def _peft() -> Any:
+    if importlib.util.find_spec("peft") is None:
+        return None
+    try:
+        import peft
+    except ImportError:
+        return None
+    from fastadapt.patch import ecosystem
+
+    ecosystem.register_layers()
+    return peft
+
+
+def _class_for(config: Any) -> type[PeftModel]:
+    return BY_TASK[TaskType(config.task_type)] if config.task_type else PeftModel
+
+
+def _own(cls: type[Any]) -> type[Any]:
+    return getattr(cls, "_own", cls)
+
+
+def _rebuild(cls: type[PeftModel]) -> PeftModel:
+    return cls.__new__(cls)
+

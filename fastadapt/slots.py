@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which key of an adapter file belongs to which tensor of a model.
+
+PEFT's rule: ``base_model.model.<path of the module>.<part>[.<leaf>]``, without the adapter's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fastadapt import inject, targets
+from fastadapt.adapter import Adapter
+from fastadapt.config import AdapterConfig
+from fastadapt.layer import AdaptedLayer
+
+PREFIX = "base_model.model."
+EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+class Slot(NamedTuple):
+    """live: the key in the model's own state dict; tensor: the parameter or buffer."""
+
+    live: str
+    tensor: Tensor
+    adapter: Adapter | None = None
+
+
+def planned(root: nn.Module, made: inject.Plan) -> dict[str, Slot]:
+    """The keys that a planned adapter will have; live keys are those after it is attached."""
+    found: dict[str, Slot] = {}
+    for path, adapter in made.adapters.items():
+        for part, module in adapter.parts.items():
+            found.update(_of_part(path, "", part, module, adapter))
+    modules = dict(targets.walk(root))
+    for path in made.saved:
+        original = getattr(modules[path], "original_module", modules[path])
+        found.update({PREFIX + f"{path}.{k}": Slot("", t) for k, t in original.state_dict().items()})
+    found.update(_biases(root, made.config, set(made.adapters), only=set(made.adapters)))
+    return found
+
+
+def existing(root: nn.Module, config: AdapterConfig, name: str) -> dict[str, Slot]:
+    """The keys of an adapter that the model has."""
+    found: dict[str, Slot] = {}
+    adapted, own = set(), set()
+    for path, layer in inject.adapted(root):
+        if isinstance(layer, AdaptedLayer):
+            adapted.add(path)
+            if name not in layer.adapters:
+                continue
+            own.add(path)
+            for part in layer.adapter_layer_names:
+                holder = getattr(layer, part)
+                if name in holder:
+                    found.update(_of_part(path, name, part, holder[name], layer.adapters[name]))
+        elif name in layer.modules_to_save:
+            live = f"{path}.modules_to_save.{name}."
+            for key, tensor in layer.modules_to_save[name].state_dict().items():
+                found[PREFIX + f"{path}.{key}"] = Slot(live + key, tensor)
+    found.update(_biases(root, config, adapted, only=own))
+    return found
+
+
+def embeddings(root: nn.Module, adapted: set[str]) -> dict[str, Slot]:
+    """The base's input and output embeddings, which a file may hold too."""
+    found: dict[str, Slot] = {}
+    for path, module in targets.walk(root):
+        if path.rpartition(".")[2] not in EMBEDDINGS:
+            continue
+        layer = getattr(module, "base_layer", getattr(module, "original_module", module))
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            middle = ".base_layer" if path in adapted else ""
+            live = middle or (".original_module" if layer is not module else "")
+            found[PREFIX + f"{path}{middle}.weight"] = Slot(f"{path}{live}.weight", weight)
+    return found
+
+
+def _of_part(
+    path: str, name: str, part: str, module: nn.Module | nn.Parameter, adapter: Adapter
+) -> Iterator[tuple[str, Slot]]:
+    live = f"{path}.{part}.{name}"
+    if isinstance(module, nn.Parameter):
+        yield PREFIX + f"{path}.{adapter.file_key(part, '')}", Slot(live, module, adapter)
+        return
+    for leaf, tensor in module.state_dict(keep_vars=True).items():
+        key = PREFIX + f"{path}.{adapter.file_key(part, leaf)}"
+        yield key, Slot(f"{live}.{leaf}", tensor, adapter)
+
+
+def _biases(
+    root: nn.Module, config: AdapterConfig, adapted: set[str], only: set[str]
+) -> Iterator[tuple[str, Slot]]:
+    """The base biases that ``bias="all"`` or "lora_only" trains and saves."""
+    mode = getattr(config, "bias", "none")
+    if mode == "none":
+        return
+    for path, module in targets.walk(root):
+        layer = getattr(module, "base_layer", module)
+        bias = getattr(layer, "bias", None)
+        if not isinstance(bias, nn.Parameter) or (mode != "all" and path not in only):
+            continue
+        middle = ".base_layer" if path in adapted else ""
+        yield PREFIX + f"{path}{middle}.bias", Slot(f"{path}{middle}.bias", bias)

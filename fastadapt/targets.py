@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules a configuration selects: names, a pattern, "all-linear", layer indices, defaults.
+
+Patterns run under a time limit, so that one that takes exponential time is an error, not a hang.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import regex
+from torch import nn
+
+from fastadapt.errors import TargetError
+
+ALL_LINEAR = "all-linear"
+PATTERN_SECONDS = 1.0
+_MIN_TO_CONDENSE = 20
+_HEADS = ("classifier", "score")
+
+_QV = ["q_proj", "v_proj"]
+_BERT = ["query", "value"]
+_FUSED = ["query_key_value"]
+DEFAULT_TARGETS: dict[str, list[str] | str] = {
+    **dict.fromkeys(
+        "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text "
+        "qwen2 qwen3".split(),
+        _QV,
+    ),
+    **dict.fromkeys("bert roberta xlm-roberta electra layoutlm".split(), _BERT),
+    **dict.fromkeys("bloom gpt_neox chatglm RefinedWebModel RefinedWeb falcon".split(), _FUSED),
+    **dict.fromkeys(("t5", "mt5"), ["q", "v"]),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ["c_attn"]),
+    "blip-2": ["q", "v", *_QV],
+    "deberta-v2": ["query_proj", "value_proj"],
+    "deberta": ["in_proj"],
+    "mpt": ["Wqkv"],
+    "btlm": ["c_proj", "c_attn"],
+    "codegen": ["qkv_proj"],
+    "phi": [*_QV, "fc1", "fc2"],
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "rwkv": ["key", "value", "receptance", "output"],
+    "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
+}
+"""PEFT's default targets of LoRA and its relatives, by ``model.config.model_type``."""
+
+
+def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of the model's own modules: an adapted layer counts as one, and what stands
+    inside it (base layer, adapter parameters, trained copies) is not visited."""
+    for name, child in model.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        yield path, child
+        if not is_adapted(child):
+            yield from walk(child, path)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """The module was put there by us: an adapted layer or a module that is trained whole."""
+    return hasattr(module, "adapter_layer_names")
+
+
+def default_targets(model: nn.Module) -> list[str] | str:
+    """The default for the model's type; raises TargetError when the type has none."""
+    model_type = _model_type(model)
+    if model_type not in DEFAULT_TARGETS:
+        raise TargetError(
+            f"Please specify `target_modules` in `peft_config`: there is no default for the model "
+            f"type {model_type!r}"
+        )
+    return DEFAULT_TARGETS[model_type]
+
+
+def linear_paths(model: nn.Module, is_linear: Callable[[nn.Module], bool]) -> set[str]:
+    """Every linear layer but the output head, by path."""
+    head = None
+    if hasattr(model, "get_output_embeddings"):
+        try:
+            head = model.get_output_embeddings()  # type: ignore[operator]
+        except NotImplementedError:
+            head = None
+    if head is None:
+        head = next((getattr(model, h) for h in _HEADS if hasattr(model, h)), None)
+    inside = set() if head is None else {id(m) for m in head.modules()}
+    return {p for p, m in walk(model) if id(m) not in inside and is_linear(m)}
+
+
+def select(config: Any, paths: Iterable[str]) -> list[str]:
+    """The paths that ``config`` targets, in the order given."""
+    test = Matcher(config)
+    return [p for p in paths if test(p)]
+
+
+def unmatched(config: Any, paths: Iterable[str]) -> dict[str, str | None]:
+    """Target names that select no path -> the nearest name that exists, if any is near."""
+    names = config.target_modules
+    if not isinstance(names, set | list):
+        return {}
+    paths = list(paths)
+    absent = [n for n in sorted(names) if not any(_ends(p, n) for p in paths)]
+    leaves = {p.rpartition(".")[2] for p in paths}
+    return {n: next(iter(difflib.get_close_matches(n, leaves, 1)), None) for n in absent}
+
+
+def describe(absent: dict[str, str | None]) -> str:
+    """The names, with near misses, for a message."""
+    return ", ".join(f"{n!r}" + (f" (did you mean {c!r}?)" if c else "") for n, c in absent.items())
+
+
+def condense(targets: set[str], others: Iterable[str]) -> set[str]:
+    """The shortest names whose suffix match selects ``targets`` and none of ``others``; long lists
+    only, as in PEFT, so that a config file says q_proj and not 30 paths."""
+    if len(targets) < _MIN_TO_CONDENSE:
+        return targets
+    others = list(others)
+    taken: set[str] = set()
+    for path in sorted(targets, key=len):
+        if any(_ends(path, t) for t in taken):
+            continue
+        parts = path.split(".")
+        suffixes = (".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1))
+        taken.add(next(s for s in suffixes if not any(_ends(o, s) for o in others)))
+    return taken
+
+
+class Matcher:
+    """path -> is it targeted by ``config``? Follows PEFT: suffix match for names, full match for
+    a pattern, then exclusions, trained modules and layer indices."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self._deadline = time.monotonic() + PATTERN_SECONDS
+
+    def __call__(self, path: str) -> bool:
+        config = self._config
+        if config.exclude_modules and self._hits(config.exclude_modules, path):
+            return False
+        saved = config.modules_to_save or ()
+        if any(self._match(rf"(^|.*\.){m}($|\..*)", path) for m in saved):
+            return False
+        targets = config.target_modules
+        if targets is None or not self._hits(targets, path):
+            return False
+        if isinstance(targets, str) or path in targets:
+            return True
+        return self._layer_chosen(path)
+
+    def _hits(self, names: Any, path: str) -> bool:
+        if isinstance(names, str):
+            return self._match(names, path)
+        return any(_ends(path, n) for n in names)
+
+    def _layer_chosen(self, path: str) -> bool:
+        chosen = self._config.layers_to_transform
+        if chosen is None or chosen == []:
+            return True
+        patterns = self._config.layers_pattern or []
+        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        # the first numbered segment is the layer; a later one may be an expert
+        forms = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns] or [
+            r".*?\.[^.]*\.(?P<idx>\d+)\."
+        ]
+        found = next((m for f in forms if (m := regex.match(f, path))), None)
+        if found is None:
+            return False
+        index = int(found["idx"])
+        return index == chosen if isinstance(chosen, int) else index in chosen
+
+    def _match(self, pattern: str, path: str) -> bool:
+        left = self._deadline - time.monotonic()
+        try:
+            if left <= 0:
+                raise TimeoutError
+            return regex.fullmatch(pattern, path, timeout=left) is not None
+        except TimeoutError as error:
+            raise TargetError(
+                f"the pattern {pattern!r} took more than {PATTERN_SECONDS} s on the module names: "
+                "simplify nested repetitions, or give names instead"
+            ) from error
+        except regex.error as error:
+            raise TargetError(f"{pattern!r} is not a regular expression: {error}") from error
+
+
+def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
+    """The value of the first key of a rank or alpha pattern that matches the end of ``path``."""
+    for key, value in patterns.items():
+        try:
+            if regex.match(rf"(.*\.)?({key})$", path, timeout=PATTERN_SECONDS):
+                return value
+        except TimeoutError as error:
+            raise TargetError(f"the pattern {key!r} takes too long on {path!r}") from error
+        except regex.error as error:
+            raise TargetError(f"{key!r} is not a regular expression: {error}") from error
+    return default
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def _model_type(model: nn.Module) -> str | None:
+    config: Any = getattr(model, "config", None)
+    if isinstance(config, dict):
+        return config.get("model_type")
+    return getattr(config, "model_type", None)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bitsandbytes: 4-bit codebook weights (NF4, FP4; nested absmax or not) and int8 rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt.ops.bits import Nf4
+from fastadapt.ops.nf4 import nf4_dequant
+from fastadapt.weights.weight import Weight
+
+_REPACK = "support_avx512bf16_for_cpu"
+
+
+class Bnb4bit(Weight):
+    """``bitsandbytes.nn.Linear4bit``.
+
+    On a CPU with AVX-512 bf16, bitsandbytes repacks the weight in place at the first evaluation;
+    the packed form has no backward and does not decode as the other (bitsandbytes #2078). So the
+    repacking is off while an adapter sits on the layer, and a packed weight is unpacked.
+    """
+
+    name = "bnb4"
+
+    @classmethod
+    def claims(cls, layer: nn.Module) -> bool:
+        return _is(layer, "Linear4bit") and type(layer.weight).__name__ == "Params4bit"
+
+    def attach(self) -> None:
+        layer = self.layer
+        self._repacks = getattr(layer, _REPACK, None)
+        if self._repacks is not None:
+            setattr(layer, _REPACK, False)
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            data, state = _convert_weight_packed_for_cpu_inverse(
+                layer.weight.data, layer.weight.quant_state
+            )
+            layer.weight.data, layer.weight.quant_state, layer.quant_state = data, state, state
+
+    def detach(self) -> None:
+        if self._repacks is not None:
+            setattr(self.layer, _REPACK, self._repacks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.get_default_dtype()
+
+    def bits(self) -> Nf4:
+        weight = self.layer.weight
+        # after FSDP's all-gather the weight is a plain tensor and only the module has the state
+        state = getattr(weight, "quant_state", None) or self.layer.quant_state
+        nested = state.state2 if state.nested else None
+        n, k = state.shape
+        packed = weight.detach()
+        return Nf4(
+            packed=packed if packed.dtype == torch.uint8 else packed.view(torch.uint8),
+            absmax=state.absmax,
+            code=state.code,
+            nested_absmax=nested.absmax if nested else None,
+            nested_code=nested.code if nested else None,
+            offset=state.offset if nested else None,
+            blocksize=state.blocksize,
+            nested_blocksize=nested.blocksize if nested else 0,
+            n=n,
+            k=k,
+            dtype=state.dtype,
+        )
+
+    def compute(self, x: Tensor) -> torch.dtype:
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return self.layer.compute_dtype or x.dtype
+
+    def read(self) -> Tensor:
+        return nf4_dequant(self.bits())
+
+    def write(self, w: Tensor) -> None:
+        old, layer = self.layer.weight, self.layer
+        layer.weight = type(old)(
+            w.float().contiguous(), requires_grad=False, blocksize=old.blocksize,
+            compress_statistics=old.compress_statistics, quant_type=old.quant_type,
+            quant_storage=old.quant_storage, module=layer,
+        ).to(old.device)  # fmt: skip
+        layer.weight.quant_state.dtype = old.quant_state.dtype
+
+    def snapshot(self) -> tuple[Any, ...]:
+        return self.layer.weight, self.layer.quant_state
+
+    def restore(self, held: tuple[Any, ...]) -> None:
+        self.layer.weight, self.layer.quant_state = held
+
+
+class Bnb8bit(Weight):
+    """``bitsandbytes.nn.Linear8bitLt``: w = CB * SCB / 127, row by row.
+
+    The layer also quantises its input, so only the layer itself can multiply."""
+
+    name = "bnb8"
+
+    @classmethod
+    def claims(cls, layer: nn.Module) -> bool:
+        return _is(layer, "Linear8bitLt") and type(layer.weight).__name__ == "Int8Params"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        weight = self.layer.weight
+        return weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()  # type: ignore[no-any-return]
+
+    def read(self) -> Tensor:
+        weight, state = self.layer.weight, self.layer.state
+        if weight.dtype != torch.int8:
+            return weight.detach()  # type: ignore[no-any-return]
+        rows = state.SCB if state.SCB is not None else weight.SCB
+        return weight.data.float() * (rows.float().view(-1, 1) / 127)  # type: ignore[no-any-return]
+
+    def write(self, w: Tensor) -> None:
+        old, layer = self.layer.weight, self.layer
+        layer.weight = type(old)(
+            w.float().contiguous(), requires_grad=False, has_fp16_weights=old.has_fp16_weights
+        ).to(old.device)
+        layer.state.CB = layer.state.SCB = None
+
+    def snapshot(self) -> tuple[Any, ...]:
+        weight, state = self.layer.weight, self.layer.state
+        return weight, weight.CB, weight.SCB, state.CB, state.SCB
+
+    def restore(self, held: tuple[Any, ...]) -> None:
+        layer = self.layer
+        layer.weight, layer.weight.CB, layer.weight.SCB, layer.state.CB, layer.state.SCB = held
+
+
+def _is(layer: nn.Module, name: str) -> bool:
+    """A class of bitsandbytes by this name among the bases, without importing bitsandbytes."""
+    return any(
+        c.__name__ == name and c.__module__.startswith("bitsandbytes.") for c in type(layer).__mro__
+    )
