@@ -36,48 +36,44 @@ class BuildPlainLibrary(build_ext):
         return f"{fullname.replace('.', '/')}.so"
 
     def build_extension(self, ext: Extension) -> None:
-        if self.compiler.compiler_type != "unix":
+        torch = find_torch()
+        if torch is None:
+            without_native("needs torch 2.10 or newer to be installed first, for its headers")
+        elif self.compiler.compiler_type != "unix":
             without_native(f"needs GCC or Clang, found {self.compiler.compiler_type!r}")
-            return
-        try:
-            super().build_extension(ext)
-        except Exception as error:  # optional: a compiler fails in as many ways as there are
-            without_native(f"did not compile ({error})")
+        else:
+            ext.include_dirs.append(str(torch / "include"))
+            ext.library_dirs.append(str(torch / "lib"))
+            try:
+                super().build_extension(ext)
+            except Exception as error:  # a compiler is missing or fails in many ways
+                without_native(f"did not compile ({str(error)[:80]} ...)")
 
 
 def without_native(reason: str) -> None:
     sys.stderr.write(f"fastadapt: the native extension {reason}; installing without it\n")
 
 
-def native_extension(torch: Path) -> Extension:
-    return Extension(
-        "fastadapt._C",
-        sources=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")),
-        depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.h")),
-        include_dirs=[str(torch / "include")],
-        library_dirs=[str(torch / "lib")],
-        libraries=["torch_cpu"],
-        define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
-        # No fma where two roundings are written: the bits are those of bitsandbytes
-        extra_compile_args=["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden"],
-        language="c++",
-        optional=True,
-    )
-
-
+native = Extension(
+    "fastadapt._C",
+    sources=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")),
+    depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.h")),
+    libraries=["torch_cpu"],
+    define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
+    # No fma where two roundings are written: the bits are those of bitsandbytes
+    extra_compile_args=["-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden"],
+    language="c++",
+    optional=True,  # setuptools then accepts that there is no file
+)
 packages = find_packages(include=["fastadapt", "fastadapt.*"])
 package_dir = {}
 if (ROOT / "kernels" / "fused").is_dir():
     packages.append("fastadapt.kernels")
     package_dir["fastadapt.kernels"] = "kernels/fused"
 
-torch_folder = find_torch()
-if torch_folder is None:
-    without_native("needs torch 2.10 or newer to be installed first, for its headers")
-
 setup(
     packages=packages,
     package_dir=package_dir,
-    ext_modules=[native_extension(torch_folder)] if torch_folder else [],
+    ext_modules=[native],
     cmdclass={"build_ext": BuildPlainLibrary},
 )

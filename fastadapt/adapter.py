@@ -24,7 +24,8 @@ class Adapter:
 
     parts:  PEFT's parameter names -> modules or parameters; values: PEFT's plain per-adapter
     attributes (``scaling``, ``r``). ``build`` makes them; once attached, the AdaptedLayer owns
-    both, and ``self[name]`` looks them up there, so that FSDP, ``.to()`` and casts may replace them.
+    both and ``self[name]`` looks them up there, so that FSDP, ``.to()`` and casts may replace
+    them.
     """
 
     name: ClassVar[str]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-
 from fastadapt.errors import UnsupportedError
 from fastadapt.kinds import kind_of
 from fastadapt.ops.bits import Bits, Dense
@@ -117,7 +116,7 @@ class FrozenLayer:
         weight, bias = held
         self.weight.restore(weight)
         if hasattr(self.layer, "bias"):
-            self.layer.bias = bias
+            self.layer.bias = bias  # type: ignore[assignment]
 
     def apply(self, x: Tensor, w: Tensor) -> Tensor:
         return self.kind.apply(x, w)
@@ -228,7 +227,7 @@ class Called:
         return self._base(x, *self._args, **self._kwargs)
 
     def low_rank(self, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float = 0.0) -> Tensor:
-        return _added(self, x, a, b, scale, p)  # type: ignore[arg-type]
+        return _added(self, x, a, b, scale, p)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._base, name)
@@ -250,7 +249,8 @@ def _norm(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     wide = torch.promote_types(w.dtype, torch.float32)
     with torch.no_grad():
         delta = compose(a.to(wide), b.to(wide)) * scale
-        return (w.to(wide) + delta).flatten(1).norm(dim=1)
+        norm: Tensor = torch.linalg.vector_norm((w.to(wide) + delta).flatten(1), dim=1)
+        return norm
 
 
 def compose(a: Tensor, b: Tensor) -> Tensor:

@@ -128,12 +128,17 @@ def _guarded(command: Command, values: dict[str, Any], *, as_json: bool, debug: 
     document: Document
     try:
         with contextlib.redirect_stdout(sys.stderr if as_json else stdout):
-            document, code = command(Console(soft_wrap=True), **values)
+            console = Console(soft_wrap=True)
+            if not console.is_terminal:
+                console = Console(soft_wrap=True, width=140)  # tables in a log are not folded
+            document, code = command(console, **values)
     except (Exception, KeyboardInterrupt) as error:
         code = _exit_code(error)
         if debug:
             traceback.print_exc()
-        message = " ".join(str(error).split()) or type(error).__name__
+        interrupted = "interrupted; nothing was saved"
+        default = interrupted if code == 130 else type(error).__name__
+        message = " ".join(str(error).split()) or default
         if code == 1 and not isinstance(error, errors.FastAdaptError):
             message = f"{type(error).__name__}: {message} (--debug shows where)"
         print(f"fastadapt: {message}", file=sys.stderr)
@@ -178,8 +183,10 @@ def _train(console: Console, config: str | None, **given: Any) -> tuple[Document
     values |= {key: value for key, value in given.items() if value is not None}
     report = run(TrainSettings.from_mapping(values, config or "options"), console)
     losses = report["loss"]
+    fifth = max(1, len(losses) // 5)
+    first, last = sum(losses[:fifth]) / fifth, sum(losses[-fifth:]) / fifth
     console.print(
-        f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps, "
+        f"loss {first:.3f} -> {last:.3f} (first and last fifth of {len(losses)} steps), "
         f"{report['tokens_per_second']:.0f} tokens/s; the adapter is in {values['out']}",
         highlight=False,
     )
@@ -195,7 +202,7 @@ def _explain(
     from fastadapt.patch.loading import is_adapter, load_adapted, load_model
 
     if is_adapter(target):
-        adapted, _ = load_adapted(target, model, load_in_4bit=load_in_4bit)
+        adapted, _ = load_adapted(target, model, load_in_4bit=load_in_4bit, trainable=True)
     else:
         config = fastadapt.LoraConfig(target_modules=targets, task_type="CAUSAL_LM")
         adapted = load_model(target, load_in_4bit=load_in_4bit)

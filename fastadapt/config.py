@@ -29,7 +29,7 @@ MAX_CONFIG_BYTES = 4 << 20
 C = TypeVar("C", bound="PeftConfig")
 
 
-class TaskType(str, enum.Enum):
+class TaskType(str, enum.Enum):  # noqa: UP042 - PEFT's, with its str()
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
     CAUSAL_LM = "CAUSAL_LM"
@@ -42,7 +42,7 @@ PeftType = enum.Enum(  # type: ignore[misc]
     "PeftType",
     {
         n: n
-        for n in (
+        for n in (  # noqa: SIM905
             "PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING LORA ADALORA ADAMSS BOFT "
             "ADAPTION_PROMPT IA3 BEFT LILY LOHA LOKR OFT POLY LN_TUNING VERA FROD PVERA FOURIERFT "
             "GLORA UNILORA XLORA HRA VBLORA CPT MISS RANDLORA ROAD TRAINABLE_TOKENS HIRA SHIRA C3A "
@@ -180,7 +180,9 @@ class PeftConfig:
         try:
             return target(**{k: v for k, v in kwargs.items() if k in known})
         except (TypeError, AttributeError) as error:
-            raise ConfigError(f"{target.__name__}: a field has a value of a wrong type: {error}") from error
+            raise ConfigError(
+                f"{target.__name__}: a field has a value of a wrong type: {error}"
+            ) from error
 
 
 @dataclass

@@ -69,17 +69,20 @@ class Explanation:
         for r in self.records:
             name = ".".join("*" if p.isdigit() else p for p in r["module"].split("."))
             method = ", ".join(sorted(set(r["adapters"].values()))) or "-"
-            key = (name, r["kind"], r["format"], method, r["implementation"] or "-", r["reason"] or "")
+            runs, why = r["implementation"] or "-", r["reason"] or ""
+            key = (name, str(r["kind"]), str(r["format"]), method, str(runs), str(why))
             count = rows.setdefault(key, [0, 0])
             count[0] += 1
             count[1] += r["trainable"]
-        table = Table(title=f"fastadapt, {self.tokens} tokens: {self.coverage:.0%} of adapter FLOPs fused")
+        table = Table(
+            title=f"fastadapt, {self.tokens} tokens: {self.coverage:.0%} of adapter FLOPs fused"
+        )
         for column in ("module", "kind", "format", "method", "runs on", "why not faster"):
             table.add_column(column, overflow="fold")
         table.add_column("layers", justify="right")
         table.add_column("trainable", justify="right")
-        for key, (layers, trainable) in rows.items():
-            table.add_row(*key, str(layers), f"{trainable:,}")
+        for cells, (layers, trainable) in rows.items():
+            table.add_row(*cells, str(layers), f"{trainable:,}")
         return table
 
     def __str__(self) -> str:
@@ -102,7 +105,7 @@ def explain(model: Any, tokens: int = 512, *, require: float | None = None) -> E
     adapted = dict(inject.adapted(root))
     records = []
     for path, module in targets.walk(root):
-        own = [p for p in module.parameters(recurse=path in adapted)]
+        own = list(module.parameters(recurse=path in adapted))
         if own:
             records.append(asdict(_record(path, module, own, tokens)))
     result = Explanation(records=records, tokens=tokens)
@@ -141,8 +144,7 @@ def _implementation(layer: AdaptedLayer, tokens: int) -> tuple[str, str | None]:
     if reason is not None:
         return "layer", reason
     bits = layer.frozen.bits()
-    n, k = layer.frozen.shape
-    x = torch.empty((tokens, k), device=layer.base_layer.weight.device)
+    x = torch.empty((tokens, layer.frozen.shape[1]), device=layer.weight.device)
     empty = x.new_empty(0)
     args = (x, None, empty, empty, 1.0, 0.0, None, x.dtype, x.dtype, *fields(bits))
     chosen = low_rank_fwd.choose(*args)

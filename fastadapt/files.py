@@ -47,7 +47,11 @@ def fetch(
     if Path(repository).exists() or os.path.isabs(repository):
         return None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
 
     accepted = {"revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type"}
     options = {k: v for k, v in kwargs.items() if k in accepted}

@@ -158,7 +158,7 @@ def _task_heads(config: AdapterConfig) -> list[str]:
 
 def _is_linear(module: nn.Module) -> bool:
     layer = module.base_layer if isinstance(module, AdaptedLayer) else module
-    kind = kind_of(layer)  # type: ignore[arg-type]
+    kind = kind_of(layer)
     return kind is not None and kind.product
 
 
@@ -177,7 +177,7 @@ def _report(
     absent = targets.unmatched(config, modules)
     if not chosen:
         asked = config.target_modules
-        near = {k: v for k, v in absent.items() if v}
+        near: dict[str, str | None] = {k: v for k, v in absent.items() if v}
         hint = f" Near: {targets.describe(near)}." if near else ""
         raise TargetError(
             f"Target modules {asked if isinstance(asked, str) else sorted(asked or [])} not found "
@@ -198,7 +198,7 @@ def _replace(model: nn.Module, path: str, wrapper: type[Any]) -> Any:
 
 
 def _place(adapter: Adapter, base: FrozenLayer, autocast: bool) -> None:
-    """Parts to the base's device and dtype; half precision is widened unless ``autocast`` is off."""
+    """Parts to the base's device and dtype; half precision is widened when ``autocast`` is on."""
     device, dtype = base.layer.weight.device, base.weight.dtype
     adapter.parts = {k: _to(part, device, dtype, autocast) for k, part in adapter.parts.items()}
 

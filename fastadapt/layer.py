@@ -153,20 +153,26 @@ class AdaptedLayer(nn.Module):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """s = scale * alpha / r."""
-        if adapter in self.adapters and "scaling" in self._value_names:
-            self.scaling[adapter] = scale * self.adapters[adapter].config.scaling
+        scaling = self._scaling()
+        if adapter in scaling:
+            scaling[adapter] = scale * self.adapters[adapter].config.scaling
 
     def scale_layer(self, scale: float) -> None:
-        for name in self._active:
-            if "scaling" in self._value_names and name in self.scaling:
-                self.scaling[name] *= scale
+        """Multiply the scale of the active adapters."""
+        scaling = self._scaling()
+        for name in [n for n in self._active if n in scaling]:
+            scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        for name in self._active:
-            if scale is None:
-                self.set_scale(name, 1.0)
-            elif "scaling" in self._value_names and name in self.scaling:
-                self.scaling[name] /= scale
+        """Divide the scale of the active adapters, or set it back to its start."""
+        scaling = self._scaling()
+        for name in [n for n in self._active if n in scaling]:
+            start: float = self.adapters[name].config.scaling
+            scaling[name] = start if scale is None else scaling[name] / scale
+
+    def _scaling(self) -> dict[str, float]:
+        scaling: dict[str, float] = self.__dict__.get("scaling", {})
+        return scaling
 
     # merging
 
@@ -188,7 +194,8 @@ class AdaptedLayer(nn.Module):
                 torch.isfinite(w).all() and (bias is None or torch.isfinite(bias).all())
             ):
                 raise LifecycleError(
-                    f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken"
+                    f"NaNs detected in the merged weights. The adapter {names[0]} seems to be "
+                    "broken"
                 )
             held = self.frozen.snapshot()
             self.frozen.write(w, None if bias is held[1] else bias)
@@ -200,7 +207,7 @@ class AdaptedLayer(nn.Module):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        device = self.base_layer.weight.device
+        device = self.weight.device
         self.frozen.restore(self._snapshots[0])
         self.base_layer.to(device)
         self._snapshots.clear()

@@ -273,6 +273,6 @@ def _count(parameter: Tensor) -> int:
 def _progress(items: list[Any], show: bool) -> Any:
     if not show:
         return items
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     return tqdm(items, desc="Unloading model")

@@ -82,7 +82,8 @@ class PeftModel(Adapters, nn.Module):
     """
 
     def __new__(cls, *_: Any, **__: Any) -> PeftModel:
-        return nn.Module.__new__(joint(cls))
+        made: PeftModel = nn.Module.__new__(joint(cls))  # type: ignore[arg-type]
+        return made
 
     def __init__(
         self,
@@ -97,7 +98,7 @@ class PeftModel(Adapters, nn.Module):
         nn.Module.__init__(self)
         config = as_config(peft_config)
         if any(True for _ in inject.adapted(model)):
-            raise LifecycleError("the model has adapters already: unload them first, or add_adapter")
+            raise LifecycleError("the model has adapters: unload them first, or add_adapter")
         self._configs: dict[str, AdapterConfig] = {}
         self._check_new(adapter_name, config)
         made = inject.plan(model, config, allow_unmatched=allow_unmatched)
@@ -111,7 +112,7 @@ class PeftModel(Adapters, nn.Module):
     def _attach(self, made: inject.Plan, name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._attach(made, name, autocast_adapter_dtype)
         config = self._configs[name]
-        config.__class__ = joint(type(config))
+        config.__class__ = joint(type(config))  # type: ignore[arg-type]
 
     @property
     def adapter_root(self) -> nn.Module:
@@ -302,8 +303,8 @@ def get_peft_model(
 
 
 @cache
-def joint(cls: type[Any]) -> type[Any]:
-    """``cls`` joined with PEFT's class of that name, where ``peft`` can be imported; else itself."""
+def joint(cls: Any) -> Any:
+    """``cls`` joined with PEFT's class of that name, where ``peft`` can be imported."""
     peft = _peft()
     other = getattr(peft, cls.__name__, None)
     if other is None or issubclass(cls, other):

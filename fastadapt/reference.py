@@ -19,14 +19,14 @@ def reference(model: nn.Module) -> nn.Module:
     ``train()`` and ``eval()`` of the view do not reach the shared modules."""
     if not isinstance(model, Adapters):
         raise LifecycleError(f"expected a model that fastadapt adapted, got {type(model).__name__}")
-    view: Any = object.__new__(_view_class(type(model)))
+    view: Any = object.__new__(_view_class(type(model)))  # type: ignore[arg-type]
     view.__dict__.update(model.__dict__)
     view.__dict__["_viewed"] = model
     return view  # type: ignore[no-any-return]
 
 
 @cache
-def _view_class(cls: type[Any]) -> type[Any]:
+def _view_class(cls: Any) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self._viewed.disable_adapter(), torch.no_grad():
             return nn.Module.__call__(self._viewed, *args, **kwargs)

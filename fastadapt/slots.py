@@ -37,7 +37,8 @@ def planned(root: nn.Module, made: inject.Plan) -> dict[str, Slot]:
     modules = dict(targets.walk(root))
     for path in made.saved:
         original = getattr(modules[path], "original_module", modules[path])
-        found.update({PREFIX + f"{path}.{k}": Slot("", t) for k, t in original.state_dict().items()})
+        for key, tensor in original.state_dict().items():
+            found[PREFIX + f"{path}.{key}"] = Slot("", tensor)
     found.update(_biases(root, made.config, set(made.adapters), only=set(made.adapters)))
     return found
 

@@ -22,18 +22,16 @@ _MIN_TO_CONDENSE = 20
 _HEADS = ("classifier", "score")
 
 _QV = ["q_proj", "v_proj"]
-_BERT = ["query", "value"]
-_FUSED = ["query_key_value"]
+_BY_TARGET: tuple[tuple[list[str], str], ...] = (
+    (_QV, "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2"),
+    (_QV, "gemma3_text qwen2 qwen3"),
+    (["query", "value"], "bert roberta xlm-roberta electra layoutlm"),
+    (["query_key_value"], "bloom gpt_neox chatglm RefinedWebModel RefinedWeb falcon"),
+    (["q", "v"], "t5 mt5"),
+    (["c_attn"], "gpt2 gpt_bigcode"),
+)
 DEFAULT_TARGETS: dict[str, list[str] | str] = {
-    **dict.fromkeys(
-        "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text "
-        "qwen2 qwen3".split(),
-        _QV,
-    ),
-    **dict.fromkeys("bert roberta xlm-roberta electra layoutlm".split(), _BERT),
-    **dict.fromkeys("bloom gpt_neox chatglm RefinedWebModel RefinedWeb falcon".split(), _FUSED),
-    **dict.fromkeys(("t5", "mt5"), ["q", "v"]),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), ["c_attn"]),
+    **{model_type: names for names, types in _BY_TARGET for model_type in types.split()},
     "blip-2": ["q", "v", *_QV],
     "deberta-v2": ["query_proj", "value_proj"],
     "deberta": ["in_proj"],

@@ -205,10 +205,30 @@ def test_errors_are_one_line_and_a_code(
     assert "Traceback" in shell(*arguments, "--debug").err
 
 
+def test_an_interrupted_run_says_how_to_continue(
+    shell: Shell, chat_model: Path, chat_data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from fastadapt.patch import train
+    from fastadapt.patch.fit import Interrupted
+
+    def stopped(*_: object) -> None:
+        raise Interrupted(3, 9, tmp_path / "checkpoint-3")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = ["train", "--model", chat_model, "--data", chat_data, "--out", tmp_path]
+    for function, text in ((stopped, "--resume"), (killed, "interrupted; nothing was saved")):
+        monkeypatch.setattr(train, "run", function)
+        assert shell(*arguments, "--json").code == 130
+        assert shell.document["error"]["exit_code"] == 130
+        assert text in shell.err
+
+
 def test_usage_errors(shell: Shell) -> None:
     assert shell("nonsense").code == 2
     assert shell("train", "--r", "many").code == 2
-    assert "many" in shell.err
+    assert "--r" in shell.err
 
 
 def test_a_missing_extra_is_named() -> None:

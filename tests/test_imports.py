@@ -32,8 +32,8 @@ class Room(NamedTuple):
 
 
 METHOD = Room("base adapter config ops targets", types="layer")
-MODEL = """layer inject model modules_to_save checkpoint slots fingerprint targets combine
-           explain kbit peft_model reference""".split()
+MODEL = ["layer", "inject", "model", "modules_to_save", "checkpoint", "slots", "fingerprint"]
+MODEL += ["targets", "combine", "explain", "kbit", "reference"]
 CORE = Room(
     " ".join(["base adapter config files kinds methods ops", *MODEL]),
     lazy="safetensors huggingface_hub transformers peft rich tqdm",
@@ -56,14 +56,15 @@ ROOMS = {
     "routers": METHOD,
     **dict.fromkeys(MODEL, CORE),
     "targets": CORE._replace(eager="torch regex"),
+    "peft_model": OUTER,
     "patch": OUTER,
     "cli": OUTER,
     "testing": OUTER,
     "__init__": OUTER,
 }
-NOBODY_IMPORTS = ("patch", "cli", "testing")
+NOBODY_IMPORTS = ("peft_model", "patch", "cli", "testing")
 # These alone may open any room, and each other.
-DOORS = ("patch", "cli", "testing", "__init__")
+DOORS = (*NOBODY_IMPORTS, "__init__")
 # Of these, other rooms see the package, never one of its modules.
 REGISTRIES = ("kinds", "methods", "weights")
 

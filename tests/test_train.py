@@ -22,8 +22,9 @@ from fastadapt.errors import (
     OutputError,
     TargetError,
 )
+from fastadapt.patch.fit import Interrupted
 from fastadapt.patch.settings import TrainSettings, read_yaml
-from fastadapt.patch.train import Interrupted, run
+from fastadapt.patch.train import run
 
 LAYERS = 2 * 7
 """Linears of the tiny model: q, k, v, o, gate, up, down, twice."""

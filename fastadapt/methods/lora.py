@@ -167,7 +167,8 @@ class Lora(DeltaAdapter):
         return _tensor(self[self._prefix + "A"]), _tensor(self[self._prefix + "B"])
 
     def delta(self) -> Tensor:
-        return compose(*self.pair()) * self["scaling"]
+        scale: float = self["scaling"]
+        return compose(*self.pair()) * scale
 
     def merged(self, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         w, bias = super().merged(w, bias)
@@ -188,7 +189,10 @@ class Lora(DeltaAdapter):
         return float(module.p) if isinstance(module, nn.Dropout) and module.training else 0.0
 
     def _bias(self) -> Tensor | None:
-        return self["lora_B"].bias * self["scaling"] if self["lora_bias"] else None
+        if not self["lora_bias"]:
+            return None
+        bias: Tensor = self["lora_B"].bias * self["scaling"]
+        return bias
 
 
 def _initialise(a: Any, b: Any, config: LoraConfig) -> None:

@@ -92,8 +92,8 @@ class Op:
         name = self.choose(*args)
         if name == "reference":
             return self.reference(*args)
-        entry = self._loaded[name]
-        return entry[0](*args)
+        function: Any = self._loaded[name][0]
+        return function(*args)
 
     def why_not(self, implementation: str, *args: Any) -> str | None:
         """Why an implementation cannot serve this call; None when it can."""

@@ -32,7 +32,8 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
     """x: any shape and float dtype -> same shape and dtype. ``p`` in [0, 1)."""
     if p == 0:
         return x
-    out: Tensor = DropoutFunction.apply(x, draw_seed(x.device) if seed is None else seed, p)
+    seed = draw_seed(x.device) if seed is None else seed
+    out: Tensor = DropoutFunction.apply(x, seed, p)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -54,9 +54,8 @@ def low_rank(
     """
     _check(x, a, b, bits)
     seed = draw_seed(x.device) if p > 0 else None
-    y: Tensor = LowRankFunction.apply(
-        x, bias, a, b, scale, p, seed, compute, out, *fields(bits)
-    )
+    args = (x, bias, a, b, scale, p, seed, compute, out, *fields(bits))
+    y: Tensor = LowRankFunction.apply(*args)  # type: ignore[no-untyped-call]
     return y
 
 

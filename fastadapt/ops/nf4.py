@@ -8,6 +8,8 @@ Source: QLoRA (arXiv 2305.14314); the layout is bitsandbytes', bit for bit.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,10 +52,10 @@ def nf4_dequant_reference(
     return _per_block(values, absmax.float(), blocksize).to(dtype).to(out_dtype).view(n, k)
 
 
-def nf4_dequant_native(*args: object) -> Tensor:
-    *bits, out_dtype = args
-    fields = Nf4(*bits)  # type: ignore[arg-type]
-    return nf4_dequant_into(fields, torch.empty(fields.shape, dtype=out_dtype, device="cpu"))  # type: ignore[arg-type]
+def nf4_dequant_native(*args: Any) -> Tensor:
+    *flat, out_dtype = args
+    bits = Nf4(*flat)
+    return nf4_dequant_into(bits, torch.empty(bits.shape, dtype=out_dtype, device="cpu"))
 
 
 def why_not_nf4_dequant_native(packed: Tensor, *_: object) -> str | None:

@@ -30,7 +30,9 @@ def row_norm_reference(a: Tensor, b: Tensor, scale: float, *flat: Any) -> Tensor
     bits = Dense(flat[0]) if flat[1] is None else Nf4(*flat)
     wide = torch.float64 if bits.dtype == torch.float64 else torch.float32
     w = bits.w if isinstance(bits, Dense) else nf4_dequant_reference(*bits, bits.dtype)
-    return (w.to(wide) + scale * (b.to(wide) @ a.to(wide))).norm(dim=1)
+    merged = w.to(wide) + scale * (b.to(wide) @ a.to(wide))
+    norm: Tensor = torch.linalg.vector_norm(merged, dim=1)
+    return norm
 
 
 def row_norm_native(a: Tensor, b: Tensor, scale: float, *flat: Any) -> Tensor:
@@ -41,7 +43,8 @@ def row_norm_native(a: Tensor, b: Tensor, scale: float, *flat: Any) -> Tensor:
         w += bits.w
     else:
         w += nf4_dequant_into(bits, torch.empty(bits.shape, dtype=bits.dtype))
-    return w.norm(dim=1)
+    norm: Tensor = torch.linalg.vector_norm(w, dim=1)
+    return norm
 
 
 def why_not_row_norm_native(a: Tensor, b: Tensor, scale: float, *flat: Any) -> str | None:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Doors into models of other libraries: transformers in place, models that PEFT wrapped, Trainer."""
+"""Doors into other libraries: transformers models in place, models that PEFT wrapped, Trainer."""

@@ -117,17 +117,17 @@ def patch(
 
         return patch_peft(model)
     if config is None:
-        raise TargetError("expected a config, such as LoraConfig(r=16); only a PeftModel needs none")
+        raise TargetError("expected a config such as LoraConfig(r=16); only a PeftModel needs none")
     if isinstance(model, PatchedModel):
         model.add_adapter(adapter_name, config, allow_unmatched=allow_unmatched)
-        return model  # type: ignore[return-value]
+        return model
     if _is_peft(model) or any(True for _ in inject.adapted(model)):
         raise LifecycleError("the model has adapters already: unload them first, or add_adapter")
     config = as_config(config)
     made = inject.plan(model, config, allow_unmatched=allow_unmatched)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     patched: Any = model
-    patched.__class__ = _patched_class(type(model))
+    patched.__class__ = _patched_class(type(model))  # type: ignore[arg-type]
     patched.__dict__["_configs"] = {}
     patched.__dict__["_trainable_before"] = trainable
     patched._check_new(adapter_name, config)
@@ -141,7 +141,8 @@ def patch(
 def unpatch(model: nn.Module) -> nn.Module:
     """Undo ``patch``: the base weights, classes and trainability as they were."""
     if isinstance(model, PatchedModel):
-        return model.unload()
+        plain: nn.Module = model.unload()
+        return plain
     if _is_peft(model):
         from fastadapt.patch.peft import unpatch_peft
 
@@ -167,7 +168,7 @@ def save_adapters(
 
 
 @cache
-def _patched_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _patched_class(cls: Any) -> Any:
     return type(cls.__name__, (PatchedModel, cls), {"__module__": cls.__module__, "_plain": cls})
 
 
@@ -188,7 +189,7 @@ def _restore(model: Any) -> nn.Module:
 
 def untie(model: Any) -> None:
     """The config says that embeddings are tied only where they are."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False):
         return
     try:
@@ -200,8 +201,8 @@ def untie(model: Any) -> None:
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
-    made = _patched_class(cls)
-    return made.__new__(made)
+    made: Any = _patched_class(cls)  # type: ignore[arg-type]
+    return made.__new__(made)  # type: ignore[no-any-return]
 
 
 def _is_peft(model: nn.Module) -> bool:

@@ -99,7 +99,12 @@ def is_adapter(target: str) -> bool:
 
 
 def load_adapted(
-    adapter: str, model: str | None = None, *, dtype: str = "auto", load_in_4bit: bool = False
+    adapter: str,
+    model: str | None = None,
+    *,
+    dtype: str = "auto",
+    load_in_4bit: bool = False,
+    trainable: bool = False,
 ) -> tuple[PreTrainedModel, str]:
     """An adapter on its base model (``model``, or the one that its config names), and that name.
 
@@ -119,7 +124,7 @@ def load_adapted(
     if not model:
         raise CheckpointError(f"{config} names no base model: give --model")
     base = load_model(model, dtype=dtype, load_in_4bit=load_in_4bit)
-    return fastadapt.PeftModel.from_pretrained(base, adapter), model
+    return fastadapt.PeftModel.from_pretrained(base, adapter, is_trainable=trainable), model
 
 
 def convert_gguf(folder: str, gguf_file: str, out: str | Path) -> Path:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import fastadapt
 from fastadapt.errors import FastAdaptError
 from fastadapt.files import write_atomic
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 PACKAGES = (
-    "fastadapt", "torch", "transformers", "accelerate", "bitsandbytes", "safetensors", "triton",
+    "torch", "transformers", "accelerate", "bitsandbytes", "safetensors", "triton",
 )  # fmt: skip
 
 
@@ -178,7 +179,10 @@ def peak_memory_mib() -> float:
 
 def versions() -> dict[str, str | None]:
     """The versions of Python and of the packages that a result depends on; None = not there."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {
+        "fastadapt": fastadapt.__version__,
+        "python": platform.python_version(),
+    }
     for package in PACKAGES:
         try:
             found[package] = version(package)

@@ -109,15 +109,16 @@ class Bnb8bit(Weight):
 
     @property
     def dtype(self) -> torch.dtype:
-        weight = self.layer.weight
-        return weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()  # type: ignore[no-any-return]
+        dtype: torch.dtype = self.layer.weight.dtype
+        return dtype if dtype.is_floating_point else torch.get_default_dtype()
 
     def read(self) -> Tensor:
-        weight, state = self.layer.weight, self.layer.state
+        weight: Tensor = self.layer.weight
+        state = self.layer.state
         if weight.dtype != torch.int8:
-            return weight.detach()  # type: ignore[no-any-return]
-        rows = state.SCB if state.SCB is not None else weight.SCB
-        return weight.data.float() * (rows.float().view(-1, 1) / 127)  # type: ignore[no-any-return]
+            return weight.detach()
+        rows: Tensor = state.SCB if state.SCB is not None else self.layer.weight.SCB
+        return weight.data.float() * (rows.float().view(-1, 1) / 127)
 
     def write(self, w: Tensor) -> None:
         old, layer = self.layer.weight, self.layer

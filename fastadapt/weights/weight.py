@@ -55,8 +55,8 @@ class Weight(ABC):
         dtype: torch.dtype = self.layer.weight.dtype
         return dtype if dtype.is_floating_point else torch.get_default_dtype()
 
-    def attach(self) -> None:
-        """Called once when a first adapter comes."""
+    def attach(self) -> None:  # noqa: B027
+        """Called once when a first adapter comes; most formats have nothing to prepare."""
 
-    def detach(self) -> None:
+    def detach(self) -> None:  # noqa: B027
         """Called once when the layer is given back: undo what ``attach`` did."""
