@@ -7,7 +7,7 @@ tests holds the one to the other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -40,6 +40,14 @@ class Adapter:
         self._layer: AdaptedLayer | None = None
         self._key = ""
         self.build(base, shared)
+
+    @classmethod
+    def over(cls, holder: Any, key: str) -> Self:
+        """The method over parts and values that ``holder`` has already, under PEFT's names."""
+        adapter = cls.__new__(cls)
+        adapter.config, adapter.parts, adapter.values = None, {}, {}
+        adapter._layer, adapter._key = holder, key
+        return adapter
 
     @classmethod
     def variant(cls, config: Any) -> type[Adapter]:

@@ -217,7 +217,7 @@ class AdapterConfig(PeftConfig):
                         f"`{name}` cannot be used when `target_modules` is a str; put the layers "
                         "into the pattern"
                     )
-        if self.layers_pattern and not self.layers_to_transform:
+        if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
             )

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastadapt import inject, targets
+from fastadapt import targets
+from fastadapt.base import FrozenLayer
 from fastadapt.errors import KernelError
 from fastadapt.layer import AdaptedLayer
 from fastadapt.modules_to_save import ModulesToSaveWrapper
+from fastadapt.ops.bits import flatten
 from fastadapt.ops.dispatch import IMPLEMENTATIONS
-from fastadapt.ops.low_rank import fields, low_rank_fwd
+from fastadapt.ops.low_rank import low_rank_fwd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +26,9 @@ class Record:
     """One module.
 
     adapters: name -> method; implementation: what runs the adapted product ("native",
-    "reference", "layer" when the base layer itself is called), None for a module without adapter;
-    reason: why a faster one does not; flops: of the adapters, per token, forward.
+    "reference", "layer" when the base layer itself is called, "peft" when PEFT's own forward is),
+    None for a module without adapter; reason: why a faster one does not;
+    flops: of the adapters, per token, forward.
     """
 
     module: str
@@ -102,18 +105,19 @@ def explain(model: Any, tokens: int = 512, *, require: float | None = None) -> E
     require: raise KernelError when less than this share of adapter FLOPs is fused (0 to 1)
     """
     root = getattr(model, "adapter_root", model)
-    adapted = dict(inject.adapted(root))
     records = []
     for path, module in targets.walk(root):
-        own = list(module.parameters(recurse=path in adapted))
+        own = list(module.parameters(recurse=targets.is_adapted(module)))
         if own:
             records.append(asdict(_record(path, module, own, tokens)))
     result = Explanation(records=records, tokens=tokens)
     if require is not None and result.coverage < require:
-        slow = [f"{r['module']}: {r['reason']}" for r in records if r["implementation"] == "layer"]
+        fused = (None, *IMPLEMENTATIONS)
+        slow = [r for r in records if r["implementation"] not in fused]
         raise KernelError(
             f"expected {require:.0%} of the adapters' FLOPs in fused ops, got "
-            f"{result.coverage:.0%}; not fused: {'; '.join(slow[:5])}"
+            f"{result.coverage:.0%}; not fused: "
+            + "; ".join(f"{r['module']}: {r['reason']}" for r in slow[:5])
         )
     return result
 
@@ -121,32 +125,53 @@ def explain(model: Any, tokens: int = 512, *, require: float | None = None) -> E
 def _record(path: str, module: nn.Module, own: list[Any], tokens: int) -> Record:
     trainable = sum(p.numel() for p in own if p.requires_grad)
     facts: dict[str, Any] = {"kind": type(module).__name__, "format": "dense"}
-    if isinstance(module, AdaptedLayer):
-        frozen = module.frozen
+    frozen = getattr(module, "frozen", None)
+    if isinstance(frozen, FrozenLayer):
+        held: Any = module
         facts = {"kind": frozen.kind.name, "format": frozen.weight.name}
-        facts["adapters"] = {n: a.name for n, a in module.adapters.items()}
-        facts["implementation"], facts["reason"] = _implementation(module, tokens)
+        facts["adapters"] = {n: a.name for n, a in held.adapters.items()}
+        reason = None if isinstance(held, AdaptedLayer) else held.why_not_ours()
+        facts["implementation"], facts["reason"] = (
+            ("peft", reason) if reason is not None else _implementation(frozen, tokens)
+        )
         facts["flops"] = 2 * trainable
     elif isinstance(module, ModulesToSaveWrapper):
         facts["kind"] = type(module.original_module).__name__
         facts["adapters"] = dict.fromkeys(module.modules_to_save, "modules_to_save")
+    elif targets.is_adapted(module):
+        facts |= _of_peft(module)
+        facts["flops"] = 2 * trainable if facts["implementation"] else 0
     elif type(own[0]).__name__ == "Params4bit":
         facts["format"] = "bnb4"
     elif type(own[0]).__name__ == "Int8Params":
         facts["format"] = "bnb8"
-    return Record(
-        module=path, parameters=sum(p.numel() for p in own), trainable=trainable, **facts
-    )
+    return Record(module=path, parameters=sum(p.numel() for p in own), trainable=trainable, **facts)
 
 
-def _implementation(layer: AdaptedLayer, tokens: int) -> tuple[str, str | None]:
-    reason = layer.frozen.why_not_fused()
+def _of_peft(module: Any) -> dict[str, Any]:
+    """The facts of a layer or wrapper of PEFT's that was not patched."""
+    whole = getattr(module, "modules_to_save", None)
+    if whole is not None:
+        kind = type(module.original_module).__name__
+        adapters = dict.fromkeys(whole, "modules_to_save")
+        return {"kind": kind, "adapters": adapters, "implementation": None}
+    names = {n for part in module.adapter_layer_names for n in getattr(module, part, ())}
+    method = type(module).__module__.removeprefix("peft.tuners.").partition(".")[0]
+    return {
+        "adapters": dict.fromkeys(sorted(names), method),
+        "implementation": "peft",
+        "reason": f"PEFT's {type(module).__name__} layer, not patched by fastadapt",
+    }
+
+
+def _implementation(frozen: FrozenLayer, tokens: int) -> tuple[str, str | None]:
+    reason = frozen.why_not_fused()
     if reason is not None:
         return "layer", reason
-    bits = layer.frozen.bits()
-    x = torch.empty((tokens, layer.frozen.shape[1]), device=layer.weight.device)
+    bits = frozen.bits()
+    x = torch.empty((tokens, frozen.shape[1]), device=frozen.weight.layer.weight.device)
     empty = x.new_empty(0)
-    args = (x, None, empty, empty, 1.0, 0.0, None, x.dtype, x.dtype, *fields(bits))
+    args = (x, None, empty, empty, 1.0, 0.0, None, x.dtype, x.dtype, *flatten(bits))
     chosen = low_rank_fwd.choose(*args)
     faster = IMPLEMENTATIONS[: IMPLEMENTATIONS.index(chosen)]
     reasons = [low_rank_fwd.why_not(i, *args) for i in faster]

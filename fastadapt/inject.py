@@ -65,9 +65,10 @@ def plan(
         shared = method.shared(config, dict(bases))
         adapters = {p: method(config.at(p), base, shared) for p, base in bases.items()}
     wanted = config.modules_to_save or []
-    saved = [p for p in modules if any(p == m or p.endswith("." + m) for m in wanted)]
+    # PEFT's rule is a plain suffix here: "norm" takes input_layernorm too, and so do its files
+    saved = [p for p in modules if p.endswith(tuple(wanted))]
     saved = [p for p in saved if not isinstance(modules[p], AdaptedLayer)]
-    absent = [m for m in wanted if not any(p == m or p.endswith("." + m) for p in saved)]
+    absent = [m for m in wanted if not any(p.endswith(m) for p in saved)]
     absent = [m for m in absent if m not in _task_heads(config)]
     if absent:
         raise TargetError(f"modules_to_save: no module is named {absent}")
@@ -93,8 +94,6 @@ def attach(model: nn.Module, made: Plan, name: str, *, autocast_adapter_dtype: b
     for path in made.saved:
         wrapper = layers.get(path) or _replace(model, path, ModulesToSaveWrapper)
         wrapper.add(name)
-        if autocast_adapter_dtype:
-            _widen(wrapper.modules_to_save[name])
         wrapper.set_adapter(active, inference_mode=made.config.inference_mode)
     set_bias_trainable(model, made.config, name, name in active and not made.config.inference_mode)
 
@@ -120,13 +119,19 @@ def set_bias_trainable(
     if mode == "none" or not trainable:
         return
     if mode == "all":
-        for key, parameter in model.named_parameters():
-            if key.endswith("bias") and ".lora_" not in key:
-                parameter.requires_grad_(True)
+        for _, module in targets.walk(model):
+            if not isinstance(module, ModulesToSaveWrapper):
+                _train_bias(getattr(module, "base_layer", module))
         return
     for _, layer in adapted(model):
-        if isinstance(layer, AdaptedLayer) and name in layer.adapters and layer.bias is not None:
-            layer.base_layer.bias.requires_grad_(True)
+        if isinstance(layer, AdaptedLayer) and name in layer.adapters:
+            _train_bias(layer.base_layer)
+
+
+def _train_bias(layer: nn.Module) -> None:
+    bias = getattr(layer, "bias", None)
+    if isinstance(bias, nn.Parameter):
+        bias.requires_grad_(True)
 
 
 def _resolved(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
@@ -208,12 +213,6 @@ def _to(part: Part, device: Any, dtype: torch.dtype, autocast: bool) -> Part:
     if isinstance(part, nn.Parameter):
         return nn.Parameter(part.detach().to(device, dtype).to(wide), part.requires_grad)
     return part.to(device, dtype).to(wide)
-
-
-def _widen(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
 
 
 def _holds(layer: Any, name: str) -> bool:

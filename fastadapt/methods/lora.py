@@ -134,6 +134,7 @@ _NOT_BUILT = (
 
 class Lora(DeltaAdapter):
     name, prefix, Config = "lora", "lora_", LoraConfig
+    _prefix = "lora_"
 
     @classmethod
     def variant(cls, config: LoraConfig) -> type[Adapter]:

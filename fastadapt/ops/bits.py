@@ -6,7 +6,7 @@ A format (``fastadapt.weights``) hands one of these to an op; the op never sees 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,3 +63,22 @@ class Nf4(NamedTuple):
 
 
 Bits = Dense | Nf4
+
+FLAT_TENSORS = 6
+"""How many of the flat fields are tensors (or None)."""
+
+
+def flatten(bits: Bits | None) -> tuple[Any, ...]:
+    """The flat form that op schemas take: six tensors (or None), four ints, a dtype."""
+    if bits is None:
+        return (None,) * FLAT_TENSORS + (0, 0, 0, 0, torch.float32)
+    if isinstance(bits, Dense):
+        return (bits.w, None, None, None, None, None, 0, 0, *bits.w.shape, bits.w.dtype)
+    return tuple(bits)
+
+
+def unflatten(flat: tuple[Any, ...]) -> Bits | None:
+    """The bits again."""
+    if flat[0] is None:
+        return None
+    return Dense(flat[0]) if flat[1] is None else Nf4(*flat)

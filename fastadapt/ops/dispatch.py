@@ -68,10 +68,11 @@ class Op:
         if unknown:
             raise ConfigError(f"op {name}: unknown implementations {sorted(unknown)}")
         self.name, self.reference, self._where = name, reference, others
+        self.implementations = tuple(i for i in IMPLEMENTATIONS if i in {*others, "reference"})
         self._loaded: dict[str, tuple[Callable[..., Any], Callable[..., str | None]] | str] = {}
         _library.define(name + schema)
         _library.impl(name, self.run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastadapt::{name}", reference, lib=_library)
+        torch.library.register_fake(f"fastadapt::{name}", self.fake, lib=_library)
         self.call = getattr(torch.ops.fastadapt, name).default
         OPS[name] = self
 
@@ -90,10 +91,11 @@ class Op:
 
     def run(self, *args: Any) -> Any:
         name = self.choose(*args)
-        if name == "reference":
-            return self.reference(*args)
-        function: Any = self._loaded[name][0]
-        return function(*args)
+        function: Any = self.reference if name == "reference" else self._loaded[name][0]
+        return _as_written(function, args)
+
+    def fake(self, *args: Any) -> Any:
+        return _as_written(self.reference, args)
 
     def why_not(self, implementation: str, *args: Any) -> str | None:
         """Why an implementation cannot serve this call; None when it can."""
@@ -108,6 +110,14 @@ class Op:
             return f"{implementation}: {entry}"
         reason = entry[1](*args)
         return None if reason is None else f"{implementation}: {reason}"
+
+
+def _as_written(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Autocast would cast every product inside an op again; an op is told its dtypes."""
+    if not torch._C._is_any_autocast_enabled():
+        return function(*args)
+    with torch._C._DisableAutocast():
+        return function(*args)
 
 
 def _load(where: str) -> tuple[Callable[..., Any], Callable[..., str | None]] | str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastadapt.errors import KernelError
 from fastadapt.ops import native
 from fastadapt.ops.dispatch import Op
 
@@ -29,7 +30,8 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
-    """x: any shape and float dtype -> same shape and dtype. ``p`` in [0, 1)."""
+    """x: any shape and float dtype -> same shape and dtype. ``p`` as ``check_p`` wants it."""
+    check_p(p)
     if p == 0:
         return x
     seed = draw_seed(x.device) if seed is None else seed
@@ -50,6 +52,12 @@ class DropoutFunction(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         (seed,) = ctx.saved_tensors
         return dropout_fwd(g, seed, ctx.p, g.dtype), None, None
+
+
+def check_p(p: float) -> None:
+    """Raise KernelError unless 0 <= p < 1 also when p is rounded to 1/65536."""
+    if not (p >= 0 and threshold(p) < 65536):
+        raise KernelError(f"dropout: expected 0 <= p < 1 - 2**-17, got {p}")
 
 
 def threshold(p: float) -> int:
@@ -102,5 +110,6 @@ dropout_fwd = Op(
     "dropout",
     "(Tensor x, Tensor seed, float p, ScalarType out_dtype) -> Tensor",
     dropout_reference,
+    triton="fastadapt.kernels.dropout:dropout",
     native="fastadapt.ops.dropout:dropout_native",
 )

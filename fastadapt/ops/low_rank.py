@@ -12,7 +12,7 @@ Source: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -20,16 +20,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastadapt.errors import KernelError
-from fastadapt.ops import native, scratch
-from fastadapt.ops.bits import Bits, Dense, Nf4
+from fastadapt.ops import native
+from fastadapt.ops.bits import FLAT_TENSORS, Bits, flatten, unflatten
 from fastadapt.ops.dispatch import Op
-from fastadapt.ops.dropout import draw_seed, dropout_native, dropout_reference
-from fastadapt.ops.nf4 import nf4_dequant_into, nf4_dequant_reference
+from fastadapt.ops.dropout import check_p, draw_seed
+from fastadapt.ops.low_rank_steps import NATIVE, REFERENCE, Steps, triton_steps
 from fastadapt.ops.precision import product_dtype
-
-Fields = tuple[Any, ...]
-Decode = Callable[[Bits, torch.dtype, torch.dtype], Tensor]
-Drop = Callable[[Tensor, Tensor, float, torch.dtype], Tensor]
 
 
 def low_rank(
@@ -50,11 +46,12 @@ def low_rank(
     p:       dropout on the low-rank part's input, drawn from torch's generator
     compute: the dtype the base product is asked for (``bits`` decode to it)
     out:     the dtype of the result and of the low-rank part
-    Raises KernelError for shapes that do not fit.
+    Raises KernelError for shapes that do not fit and for a p that ``check_p`` refuses.
     """
-    _check(x, a, b, bits)
+    _check(x, a, b, bits, bias)
+    check_p(p)
     seed = draw_seed(x.device) if p > 0 else None
-    args = (x, bias, a, b, scale, p, seed, compute, out, *fields(bits))
+    args = (x, bias, a, b, scale, p, seed, compute, out, *flatten(bits))
     y: Tensor = LowRankFunction.apply(*args)  # type: ignore[no-untyped-call]
     return y
 
@@ -67,8 +64,8 @@ class LowRankFunction(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         rows = x.reshape(-1, x.shape[-1])
         y, u = low_rank_fwd(rows, bias, a, b, scale, p, seed, compute, out, *bits)
-        ctx.save_for_backward(x, u, seed, a, b, *bits[:_TENSORS])
-        ctx.plain = (scale, p, compute, bits[_TENSORS:])
+        ctx.save_for_backward(x, u, seed, a, b, *bits[:FLAT_TENSORS])
+        ctx.plain = (scale, p, compute, bits[FLAT_TENSORS:])
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y.view(*x.shape[:-1], b.shape[0])  # type: ignore[no-any-return]
 
@@ -82,50 +79,35 @@ class LowRankFunction(torch.autograd.Function):
         dx, da, db = low_rank_bwd(
             gs, rows, u, a, b, scale, p, seed, compute, need_x, need_a, need_b, *tensors, *plain
         )
-        dbias = gs.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None
+        wide = torch.promote_types(g.dtype, torch.float32)
+        dbias = gs.sum(0, dtype=wide).to(ctx.bias_dtype) if need_bias else None
         rest = (None,) * (5 + len(tensors) + len(plain))
         return (dx.view(x.shape) if need_x else None, dbias, da if need_a else None,
                 db if need_b else None, *rest)  # fmt: skip
 
 
-def low_rank_fwd_reference(
-    x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float,
-    seed: Tensor | None, compute: torch.dtype, out: torch.dtype, *bits: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _forward(
-        x, bias, a, b, scale, p, seed, compute, out, _bits(bits), _decode, dropout_reference
-    )
+def low_rank_fwd_reference(*args: Any) -> tuple[Tensor, Tensor]:
+    return _forward(REFERENCE, *args)
 
 
-def low_rank_bwd_reference(
-    g: Tensor, x: Tensor, u: Tensor, a: Tensor, b: Tensor, scale: float, p: float,
-    seed: Tensor | None, compute: torch.dtype, need_x: bool, need_a: bool, need_b: bool,
-    *bits: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backward(
-        g, x, u, a, b, scale, p, seed, compute, (need_x, need_a, need_b), _bits(bits),
-        _decode, dropout_reference,
-    )  # fmt: skip
+def low_rank_bwd_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(REFERENCE, *args)
 
 
-def low_rank_fwd_native(
-    x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float,
-    seed: Tensor | None, compute: torch.dtype, out: torch.dtype, *bits: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _forward(
-        x, bias, a, b, scale, p, seed, compute, out, _bits(bits), _decode_native, dropout_native
-    )
+def low_rank_fwd_native(*args: Any) -> tuple[Tensor, Tensor]:
+    return _forward(NATIVE, *args)
 
 
-def low_rank_bwd_native(
-    g: Tensor, x: Tensor, u: Tensor, a: Tensor, b: Tensor, scale: float, p: float,
-    seed: Tensor | None, compute: torch.dtype, need_x: bool, need_a: bool, need_b: bool,
-    *bits: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backward(
-        g, x, u, a, b, scale, p, seed, compute, (need_x, need_a, need_b), _bits(bits),
-        _decode_native, dropout_native,
-    )  # fmt: skip
+def low_rank_bwd_native(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(NATIVE, *args)
+
+
+def low_rank_fwd_triton(*args: Any) -> tuple[Tensor, Tensor]:
+    return _forward(triton_steps(), *args)
+
+
+def low_rank_bwd_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(triton_steps(), *args)
 
 
 def why_not_low_rank_fwd_native(x: Tensor, *_: object) -> str | None:
@@ -135,100 +117,72 @@ def why_not_low_rank_fwd_native(x: Tensor, *_: object) -> str | None:
 why_not_low_rank_bwd_native = why_not_low_rank_fwd_native
 
 
+def why_not_low_rank_fwd_triton(x: Tensor, bias: object, a: Tensor, *rest: Any) -> str | None:
+    out = rest[5]
+    return _why_not_triton(x, a, out, rest[2] > 0)
+
+
+def why_not_low_rank_bwd_triton(
+    g: Tensor, x: Tensor, u: Tensor, a: Tensor, *rest: Any
+) -> str | None:
+    return _why_not_triton(x, a, u.dtype, rest[2] > 0)
+
+
+def _why_not_triton(x: Tensor, a: Tensor, dtype: torch.dtype, drops: bool) -> str | None:
+    try:
+        kernels = import_module("fastadapt.kernels.low_rank")
+    except ImportError as error:
+        return f"fastadapt.kernels cannot be imported ({error})"
+    reason: str | None = kernels.why_not(x.device, x.shape[-1], a.shape[0], dtype, drops)
+    return reason
+
+
 def _forward(
-    x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float,
-    seed: Tensor | None, compute: torch.dtype, out: torch.dtype, bits: Bits | None,
-    decode: Decode, drop: Drop,
+    steps: Steps, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float,
+    seed: Tensor | None, compute: torch.dtype, out: torch.dtype, *flat: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    low = product_dtype(out, x.device)
-    xd = x.to(low) if seed is None else drop(x, seed, p, low)
-    u = xd @ a.to(low).t()
+    low, bits = product_dtype(out, x.device), unflatten(flat)
+    u = steps.down(x, a, p, seed, low)
     y = u @ (b * scale).to(low).t()
     if bits is not None:
-        y = _add_product(y, x, bits, compute, decode, transposed=True)
+        y = _add_product(y, x, bits, compute, steps, transposed=True)
     if bias is not None:
         y += bias.to(y.dtype)
     return y.to(out), u
 
 
 def _backward(
-    g: Tensor, x: Tensor, u: Tensor, a: Tensor, b: Tensor, scale: float, p: float,
-    seed: Tensor | None, compute: torch.dtype, need: tuple[bool, bool, bool], bits: Bits | None,
-    decode: Decode, drop: Drop,
+    steps: Steps, g: Tensor, x: Tensor, u: Tensor, a: Tensor, b: Tensor, scale: float, p: float,
+    seed: Tensor | None, compute: torch.dtype, need_x: bool, need_a: bool, need_b: bool,
+    *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    need_x, need_a, need_b = need
-    low = product_dtype(u.dtype, x.device)
-    nothing = x.new_empty(0)
-    gl = g.to(low)
-    du = gl @ (b * scale).to(low) if need_x or need_a else nothing
-    db = ((gl.t() @ u) * scale).to(b.dtype) if need_b else nothing
-    da = nothing
+    low, bits = product_dtype(u.dtype, x.device), unflatten(flat)
+    dx = da = db = nothing = x.new_empty(0)
+    if need_x or need_a or need_b:
+        du, db = steps.up_grad(g.to(low), u, b, scale)
     if need_a:
-        xd = x.to(low) if seed is None else drop(x, seed, p, low)
-        da = (du.t() @ xd).to(a.dtype)
-    dx = nothing
+        da = steps.down_grad(x, du, p, seed, a.dtype)
     if need_x:
-        dx = du @ a.to(low)
-        if seed is not None:
-            dx = drop(dx, seed, p, low)
+        dx = steps.input_grad(du, a, p, seed)
         if bits is not None:
-            dx = _add_product(dx, g, bits, compute, decode, transposed=False)
+            dx = _add_product(dx, g, bits, compute, steps, transposed=False)
         dx = dx.to(x.dtype)
-    return dx, da, db
+    return dx, da, db if need_b else nothing
 
 
 def _add_product(
-    y: Tensor, x: Tensor, bits: Bits, compute: torch.dtype, decode: Decode, *, transposed: bool
+    y: Tensor, x: Tensor, bits: Bits, compute: torch.dtype, steps: Steps, *, transposed: bool
 ) -> Tensor:
     """y + x W^T (or x W): in place where y has the product's dtype."""
     math = product_dtype(compute, x.device)
-    w = decode(bits, compute, math)
+    w = steps.decode(bits, compute, math)
     w = w.t() if transposed else w
     if y.dtype == math:
         return y.addmm_(x.to(math), w)
     return y + (x.to(math) @ w).to(y.dtype)
 
 
-def _decode(bits: Bits, compute: torch.dtype, math: torch.dtype) -> Tensor:
-    """W (n, k), rounded to ``compute`` and held in ``math``."""
-    if isinstance(bits, Dense):
-        return bits.w.to(compute).to(math)
-    return nf4_dequant_reference(*bits, compute).to(math)
-
-
-def _decode_native(bits: Bits, compute: torch.dtype, math: torch.dtype) -> Tensor:
-    """The same into this thread's scratch: a fresh 64 MB tensor costs more in page faults than
-    in decoding (18 ms against 2 for 4096 x 4096)."""
-    if isinstance(bits, Dense):
-        if bits.w.dtype == math:
-            return bits.w
-        if bits.w.dtype == compute:
-            return scratch.take(bits.shape, math).copy_(bits.w)
-        return scratch.take(bits.shape, math).copy_(bits.w.to(compute))
-    if bits.dtype == compute or bits.dtype == torch.float32:
-        return nf4_dequant_into(bits._replace(dtype=compute), scratch.take(bits.shape, math))
-    return _decode(bits, compute, math)
-
-
-_TENSORS = 6
-
-
-def fields(bits: Bits | None) -> Fields:
-    """The flat form that the schemas take: six tensors (or None), four ints, a dtype."""
-    if bits is None:
-        return (None,) * _TENSORS + (0, 0, 0, 0, torch.float32)
-    if isinstance(bits, Dense):
-        return (bits.w, None, None, None, None, None, 0, 0, *bits.w.shape, bits.w.dtype)
-    return tuple(bits)
-
-
-def _bits(flat: Fields) -> Bits | None:
-    if flat[0] is None:
-        return None
-    return Dense(flat[0]) if flat[1] is None else Nf4(*flat)
-
-
-def _check(x: Tensor, a: Tensor, b: Tensor, bits: Bits | None) -> None:
+def _check(x: Tensor, a: Tensor, b: Tensor, bits: Bits | None, bias: Tensor | None) -> None:
     k, (r, n) = x.shape[-1], (a.shape[0], b.shape[0])
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != k or b.shape[1] != r:
         raise KernelError(
@@ -237,6 +191,8 @@ def _check(x: Tensor, a: Tensor, b: Tensor, bits: Bits | None) -> None:
         )
     if bits is not None and tuple(bits.shape) != (n, k):
         raise KernelError(f"low_rank: expected W (n={n}, k={k}), got {tuple(bits.shape)}")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise KernelError(f"low_rank: expected bias (n={n},), got {tuple(bias.shape)}")
 
 
 _BITS = (
@@ -250,6 +206,7 @@ low_rank_fwd = Op(
     "(Tensor x, Tensor? bias, Tensor a, Tensor b, float scale, float p, Tensor? seed, "
     f"ScalarType compute, ScalarType out, {_BITS}) -> (Tensor, Tensor)",
     low_rank_fwd_reference,
+    triton="fastadapt.ops.low_rank:low_rank_fwd_triton",
     native="fastadapt.ops.low_rank:low_rank_fwd_native",
 )
 low_rank_bwd = Op(
@@ -257,5 +214,6 @@ low_rank_bwd = Op(
     f"(Tensor g, Tensor x, Tensor u, {_PAIR}, bool need_x, bool need_a, bool need_b, {_BITS}) "
     "-> (Tensor, Tensor, Tensor)",
     low_rank_bwd_reference,
+    triton="fastadapt.ops.low_rank:low_rank_bwd_triton",
     native="fastadapt.ops.low_rank:low_rank_bwd_native",
 )

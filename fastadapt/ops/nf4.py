@@ -58,8 +58,12 @@ def nf4_dequant_native(*args: Any) -> Tensor:
     return nf4_dequant_into(bits, torch.empty(bits.shape, dtype=out_dtype, device="cpu"))
 
 
-def why_not_nf4_dequant_native(packed: Tensor, *_: object) -> str | None:
-    return native.why_not() if packed.device.type == "cpu" else "the weight is not on a CPU"
+def why_not_nf4_dequant_native(packed: Tensor, *rest: object) -> str | None:
+    if packed.device.type != "cpu":
+        return "the weight is not on a CPU"
+    if torch.float64 in rest[-2:]:
+        return "float64 values"
+    return native.why_not()
 
 
 def nf4_dequant_into(bits: Nf4, out: Tensor) -> Tensor:
@@ -81,5 +85,6 @@ _op = Op(
     "Tensor? offset, int blocksize, int nested_blocksize, SymInt n, SymInt k, ScalarType dtype, "
     "ScalarType out_dtype) -> Tensor",
     nf4_dequant_reference,
+    triton="fastadapt.kernels.nf4:nf4_dequant",
     native="fastadapt.ops.nf4:nf4_dequant_native",
 )

@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadapt.errors import KernelError
 from fastadapt.ops import native
-from fastadapt.ops.bits import Bits, Dense, Nf4
+from fastadapt.ops.bits import Bits, Dense, flatten, unflatten
 from fastadapt.ops.dispatch import Op
-from fastadapt.ops.low_rank import fields
 from fastadapt.ops.nf4 import nf4_dequant_into, nf4_dequant_reference
 
 
 def row_norm(bits: Bits, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """See the module's first lines; ``a`` and ``b`` are taken as constants."""
-    norm: Tensor = _op(a.detach(), b.detach(), scale, *fields(bits))
+    norm: Tensor = _op(a.detach(), b.detach(), scale, *flatten(bits))
     return norm
 
 
 def row_norm_reference(a: Tensor, b: Tensor, scale: float, *flat: Any) -> Tensor:
-    bits = Dense(flat[0]) if flat[1] is None else Nf4(*flat)
+    bits = _bits(flat)
     wide = torch.float64 if bits.dtype == torch.float64 else torch.float32
     w = bits.w if isinstance(bits, Dense) else nf4_dequant_reference(*bits, bits.dtype)
     merged = w.to(wide) + scale * (b.to(wide) @ a.to(wide))
@@ -38,7 +38,7 @@ def row_norm_reference(a: Tensor, b: Tensor, scale: float, *flat: Any) -> Tensor
 def row_norm_native(a: Tensor, b: Tensor, scale: float, *flat: Any) -> Tensor:
     """The delta is written once, and W is decoded or added into it: one temporary."""
     w = b.float() @ (a.float() * scale)
-    bits = Dense(flat[0]) if flat[1] is None else Nf4(*flat)
+    bits = _bits(flat)
     if isinstance(bits, Dense):
         w += bits.w
     else:
@@ -55,11 +55,19 @@ def why_not_row_norm_native(a: Tensor, b: Tensor, scale: float, *flat: Any) -> s
     return native.why_not()
 
 
+def _bits(flat: tuple[Any, ...]) -> Bits:
+    bits = unflatten(flat)
+    if bits is None:
+        raise KernelError("row_norm: expected a weight, got none")
+    return bits
+
+
 _op = Op(
     "row_norm",
     "(Tensor a, Tensor b, float scale, Tensor w, Tensor? absmax, Tensor? code, "
     "Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int blocksize, "
     "int nested_blocksize, SymInt n, SymInt k, ScalarType dtype) -> Tensor",
     row_norm_reference,
+    triton="fastadapt.kernels.row_norm:row_norm",
     native="fastadapt.ops.row_norm:row_norm_native",
 )

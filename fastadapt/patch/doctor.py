@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.ops import dropout, low_rank, native, nf4, row_norm  # noqa: F401 (registers the ops)
-from fastadapt.ops.bits import Nf4
+from fastadapt.ops.bits import Nf4, flatten
 from fastadapt.ops.dispatch import IMPLEMENTATIONS, OPS, Op, use
 from fastadapt.patch.report import versions
 
@@ -159,7 +159,7 @@ def _cases(device: torch.device) -> dict[str, tuple[Any, ...]]:
     x, a, b, g = normal(m, k), normal(r, k), normal(n, r), normal(m, n)
     seed = torch.tensor([1234], device=device)
     f32 = torch.float32
-    weight = low_rank.fields(bits)
+    weight = flatten(bits)
     _, u = low_rank.low_rank_fwd_reference(x, None, a, b, 0.5, 0.25, seed, f32, f32, *weight)
     return {
         "nf4_dequant": (*bits, f32),

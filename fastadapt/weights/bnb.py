@@ -48,7 +48,8 @@ class Bnb4bit(Weight):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.get_default_dtype()
+        # PEFT's rule: start values are rounded to the compute dtype, then widened
+        return self.layer.compute_dtype or torch.get_default_dtype()
 
     def bits(self) -> Nf4:
         weight = self.layer.weight
