@@ -294,7 +294,7 @@ def test_hooks_on_the_base_layer_and_on_the_adapter_still_run() -> None:
     seen: list[str] = []
     q.base_layer.register_forward_hook(lambda *_: seen.append("base"))
     layers(model)[1].lora_A["default"].register_forward_hook(lambda *_: seen.append("A"))
-    layers(model)[2].base_layer.register_full_backward_hook(lambda *_: seen.append("backward"))
+    layers(model)[-1].base_layer.register_full_backward_hook(lambda *_: seen.append("backward"))
     step(model)
     assert sorted(seen) == ["A", "backward", "base"]
     assert "hooks" in q.why_not_ours()

@@ -145,7 +145,7 @@ def _forward(
     u = steps.down(x, a, p, seed, low)
     y = u @ (b * scale).to(low).t()
     if bits is not None:
-        y = _add_product(y, x, bits, compute, steps, transposed=True)
+        y = steps.product(y, x, bits, compute, True)
     if bias is not None:
         y += bias.to(y.dtype)
     return y.to(out), u
@@ -165,21 +165,9 @@ def _backward(
     if need_x:
         dx = steps.input_grad(du, a, p, seed)
         if bits is not None:
-            dx = _add_product(dx, g, bits, compute, steps, transposed=False)
+            dx = steps.product(dx, g, bits, compute, False)
         dx = dx.to(x.dtype)
     return dx, da, db if need_b else nothing
-
-
-def _add_product(
-    y: Tensor, x: Tensor, bits: Bits, compute: torch.dtype, steps: Steps, *, transposed: bool
-) -> Tensor:
-    """y + x W^T (or x W): in place where y has the product's dtype."""
-    math = product_dtype(compute, x.device)
-    w = steps.decode(bits, compute, math)
-    w = w.t() if transposed else w
-    if y.dtype == math:
-        return y.addmm_(x.to(math), w)
-    return y + (x.to(math) @ w).to(y.dtype)
 
 
 def _check(x: Tensor, a: Tensor, b: Tensor, bits: Bits | None, bias: Tensor | None) -> None:

@@ -12,29 +12,50 @@ import torch
 from torch import Tensor
 
 from fastadapt.ops import scratch
-from fastadapt.ops.bits import Bits, Dense
+from fastadapt.ops.bits import Bits, Dense, Nf4
 from fastadapt.ops.dropout import dropout_native, dropout_reference
 from fastadapt.ops.nf4 import nf4_dequant_into, nf4_dequant_reference
+from fastadapt.ops.precision import product_dtype
 
 
 class Steps(NamedTuple):
     """The steps that implementations differ in. p is 0 where seed is None.
 
-    decode:     (bits, compute, math) -> W (n, k), rounded to ``compute``, held in ``math``
+    product:    (y, x, bits, compute, transposed) -> y + x W^T (or x W), possibly in y
     down:       (x, a, p, seed, dtype) -> u (m, r) in dtype
     up_grad:    (g, u, b, scale) -> du (m, r), db (n, r)
     down_grad:  (x, du, p, seed, dtype of a) -> da (r, k)
     input_grad: (du, a, p, seed) -> dx (m, k), the low-rank part's
     """
 
-    decode: Callable[[Bits, torch.dtype, torch.dtype], Tensor]
+    product: Callable[[Tensor, Tensor, Bits, torch.dtype, bool], Tensor]
     down: Callable[[Tensor, Tensor, float, Tensor | None, torch.dtype], Tensor]
     up_grad: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     down_grad: Callable[[Tensor, Tensor, float, Tensor | None, torch.dtype], Tensor]
     input_grad: Callable[[Tensor, Tensor, float, Tensor | None], Tensor]
 
 
-def _plain(decode: Callable[..., Tensor], drop: Callable[..., Tensor]) -> Steps:
+Decode = Callable[[Bits, torch.dtype, torch.dtype], Tensor]
+
+
+def _decoded_product(decode: Decode) -> Callable[..., Tensor]:
+    """y + x W^T around a decoder: (bits, compute, math) -> W (n, k), rounded to ``compute`` and
+    held in ``math``."""
+
+    def product(
+        y: Tensor, x: Tensor, bits: Bits, compute: torch.dtype, transposed: bool
+    ) -> Tensor:
+        math = product_dtype(compute, x.device)
+        w = decode(bits, compute, math)
+        w = w.t() if transposed else w
+        if y.dtype == math:
+            return y.addmm_(x.to(math), w)
+        return y + (x.to(math) @ w).to(y.dtype)
+
+    return product
+
+
+def _plain(decode: Decode, drop: Callable[..., Tensor]) -> Steps:
     """The steps in PyTorch, around a decoder and a dropout."""
 
     def dropped(x: Tensor, p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -56,7 +77,7 @@ def _plain(decode: Callable[..., Tensor], drop: Callable[..., Tensor]) -> Steps:
     def input_grad(du: Tensor, a: Tensor, p: float, seed: Tensor | None) -> Tensor:
         return dropped(du @ a.to(du.dtype), p, seed, du.dtype)
 
-    return Steps(decode, down, up_grad, down_grad, input_grad)
+    return Steps(_decoded_product(decode), down, up_grad, down_grad, input_grad)
 
 
 def _decode(bits: Bits, compute: torch.dtype, math: torch.dtype) -> Tensor:
@@ -90,6 +111,18 @@ def triton_steps() -> Steps:
             return decoded
         return _decode(bits, compute, math)
 
+    gemm = import_module("fastadapt.kernels.nf4_gemm")
+    decoded_product = _decoded_product(decode)
+
+    def product(
+        y: Tensor, x: Tensor, bits: Bits, compute: torch.dtype, transposed: bool
+    ) -> Tensor:
+        same = isinstance(bits, Nf4) and bits.dtype in (compute, torch.float32)
+        if same and gemm.serves(x.shape[0], bits.shape[1], bits.blocksize, compute):
+            sum_: Tensor = gemm.add_product(y, x.to(compute), *bits, transposed=transposed)
+            return sum_
+        return decoded_product(y, x, bits, compute, transposed)
+
     def down(x: Tensor, a: Tensor, p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
         u: Tensor = kernels.down(x.to(dtype), a, p, seed, dtype)
         return u
@@ -100,7 +133,7 @@ def triton_steps() -> Steps:
         da: Tensor = kernels.down_grad(x.to(du.dtype), du, p, seed, dtype)
         return da
 
-    return Steps(decode, down, kernels.up_grad, down_grad, kernels.input_grad)
+    return Steps(_decoded_product(decode), down, kernels.up_grad, down_grad, kernels.input_grad)
 
 
 REFERENCE = _plain(_decode, dropout_reference)
