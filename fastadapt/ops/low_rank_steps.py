@@ -117,10 +117,10 @@ def triton_steps() -> Steps:
     def product(
         y: Tensor, x: Tensor, bits: Bits, compute: torch.dtype, transposed: bool
     ) -> Tensor:
-        same = isinstance(bits, Nf4) and bits.dtype in (compute, torch.float32)
-        if same and gemm.serves(x.shape[0], bits.shape[1], bits.blocksize, compute):
-            sum_: Tensor = gemm.add_product(y, x.to(compute), *bits, transposed=transposed)
-            return sum_
+        few = isinstance(bits, Nf4) and gemm.serves(x.shape[0], bits.k, bits.blocksize, compute)
+        if few and bits.dtype in (compute, torch.float32):
+            added: Tensor = gemm.add_product(y, x.to(compute), *bits, transposed=transposed)
+            return added
         return decoded_product(y, x, bits, compute, transposed)
 
     def down(x: Tensor, a: Tensor, p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
