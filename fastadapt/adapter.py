@@ -32,6 +32,9 @@ class Adapter:
     prefix: ClassVar[str]
     Config: ClassVar[type[AdapterConfig]]
     identity_at_init: ClassVar[bool] = True
+    constant: ClassVar[tuple[str, ...]] = ()
+    """Parts that never train: random projections, indices. They are Parameters all the same: layers
+    may share one, and ``.to()`` keeps a Parameter shared where it copies a buffer."""
 
     def __init__(self, config: Any, base: Base, shared: Any = None) -> None:
         self.config = config
@@ -56,7 +59,8 @@ class Adapter:
 
     @classmethod
     def shared(cls, config: Any, bases: dict[str, Base]) -> Any:
-        """What all layers of one adapter share, made once; None for most methods."""
+        """What all layers of one adapter share, made once (a dict of Parameters, say); ``build``
+        puts it among the parts of each layer, where it stays one tensor. None for most methods."""
         return None
 
     def build(self, base: Base, shared: Any) -> None:
@@ -76,9 +80,16 @@ class Adapter:
         y = base.apply(x, w.to(x.dtype) if x.is_floating_point() else w)
         return y if bias is None else y + base.channels(bias).to(y.dtype)
 
-    def file_key(self, part: str, leaf: str) -> str:
-        """The key of a tensor in PEFT's file: the part, and its leaf when the part is a module."""
+    def file_key(self, part: str, leaf: str) -> str | None:
+        """The key of a tensor in PEFT's file, below the layer's path: the part, and its leaf when
+        the part is a module. "/name" is a key of the whole adapter (``base_model.name``); None is
+        for what is not saved."""
         return f"{part}.{leaf}" if leaf else part
+
+    def rate(self, part: str) -> float:
+        """p of the nn.Dropout that is called ``part``; 0 outside training."""
+        module = self[part]
+        return float(module.p) if isinstance(module, nn.Dropout) and module.training else 0.0
 
     def on_step(self, step: int) -> None:
         """Called after optimizer step ``step``, for methods with a schedule."""

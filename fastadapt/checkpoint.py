@@ -8,6 +8,7 @@ and raises one CheckpointError with every problem, ``fill`` copies the tensors i
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ _SHOWN = 12
 
 @dataclass
 class AdapterFile:
-    """An adapter on disk. shapes: key -> shape; tensors are read by ``read``."""
+    """An adapter on disk. shapes: key -> shape; ``read`` holds the tensors that it was asked for."""
 
     config: AdapterConfig
     path: Path
@@ -39,12 +40,14 @@ class AdapterFile:
     metadata: dict[str, str]
     held: dict[str, Tensor] = field(default_factory=dict)
 
-    def read(self) -> dict[str, Tensor]:
-        """Every tensor, on the CPU; kept until the adapter is filled in."""
+    def read(self, keys: list[str]) -> dict[str, Tensor]:
+        """These tensors, on the CPU; kept until the adapter is filled in."""
         if not self.held:
-            from safetensors.torch import load_file
+            from safetensors import safe_open
 
-            self.held = load_file(self.path)
+            with safe_open(self.path, framework="pt") as file:
+                self.held = {k: file.get_tensor(k) for k in keys}
+        self.held = {k: self.held[k] for k in keys}
         return self.held
 
 
@@ -64,14 +67,16 @@ def open_adapter(model_id: Any, *, config: Any = None, **kwargs: Any) -> Adapter
         config = PeftConfig.from_pretrained(model_id, **where)
     path = fetch(str(model_id), SAFETENSORS_NAME, **where)
     if path is not None:
-        return AdapterFile(config, path, *_header(path))
+        shapes, metadata = _header(path)
+        return AdapterFile(config, path, _once(shapes), metadata)
     path = fetch(str(model_id), BIN_NAME, **where)
     if path is None:
         raise CheckpointError(
             f"{model_id}: expected {SAFETENSORS_NAME} (or {BIN_NAME}), found neither"
         )
     tensors = _load_bin(path)
-    return AdapterFile(config, path, {k: tuple(t.shape) for k, t in tensors.items()}, {}, tensors)
+    shapes = {k: tuple(t.shape) for k, t in tensors.items()}
+    return AdapterFile(config, path, _once(shapes), {}, tensors)
 
 
 def check(
@@ -87,23 +92,24 @@ def check(
         paths = set(made.adapters)
     else:
         expected = slots.existing(root, adapter.config, name)
-        paths = {p for p, _ in inject.adapted(root)}
-    optional = slots.embeddings(root, paths)
+        paths = slots.adapted_paths(root)
+    known = {**slots.embeddings(root, paths), **expected}
     problems = differences(adapter.metadata.get(_BASE, ""), root)
     missing = [k for k in expected if k not in adapter.shapes]
-    unexpected = [k for k in adapter.shapes if k not in expected and k not in optional]
+    unexpected = [k for k in adapter.shapes if k not in known]
     problems += [f"missing: {k}" for k in missing]
     problems += [f"unexpected: {k}{_near(k, expected)}" for k in unexpected]
+    shapes = {k: tuple(slot.tensor.shape) for k, slot in known.items() if k in adapter.shapes}
     misshapen = [
-        f"shape of {k}: expected {tuple(slot.tensor.shape)}, got {adapter.shapes[k]}"
-        for k, slot in {**optional, **expected}.items()
-        if k in adapter.shapes and tuple(slot.tensor.shape) != adapter.shapes[k]
+        f"shape of {k}: expected {shape}, got {adapter.shapes[k]}"
+        for k, shape in shapes.items()
+        if shape != adapter.shapes[k]
     ]
-    if not misshapen and not unexpected:
-        tensors = adapter.read()
-        bad = [k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
-        problems += [f"not finite: {k}" for k in bad]
-        _warn_without_effect(adapter)
+    # what fits is read, and nothing else: memory stays within the model's own sizes
+    tensors = adapter.read([k for k, shape in shapes.items() if shape == adapter.shapes[k]])
+    bad = [k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    problems += [f"not finite: {k}" for k in bad]
+    _warn_without_effect(adapter)
     report = LoadReport(missing, unexpected, problems + misshapen)
     if misshapen or (strict and problems):
         raise CheckpointError(_message(adapter.path, report.problems))
@@ -114,12 +120,11 @@ def check(
 
 def fill(root: nn.Module, adapter: AdapterFile, name: str) -> None:
     """Copy the tensors of a checked file into the adapter ``name`` of the model."""
-    paths = {p for p, _ in inject.adapted(root)}
+    paths = slots.adapted_paths(root)
     places = {**slots.embeddings(root, paths), **slots.existing(root, adapter.config, name)}
     with torch.no_grad():
-        for key, tensor in adapter.read().items():
-            if key in places:
-                places[key].tensor.copy_(tensor)
+        for key, tensor in adapter.held.items():
+            places[key].tensor.copy_(tensor)
     adapter.held = {}
 
 
@@ -134,18 +139,18 @@ def adapter_state_dict(
     """The adapter's tensors under PEFT's keys. ``state_dict``: gathered elsewhere (FSDP,
     DeepSpeed), with the model's own keys or the wrapper's."""
     places = slots.existing(root, config, name)
-    asked = config.target_modules
-    targeted = isinstance(asked, set | list) and any(
-        t == e or t.endswith("." + e) for t in asked for e in slots.EMBEDDINGS
-    )
-    if save_embedding_layers is True or (save_embedding_layers == "auto" and targeted):
-        if save_embedding_layers == "auto":
-            warnings.warn(
-                "Setting `save_embedding_layers` to `True` as embedding layers found in "
-                "`target_modules`.",
-                stacklevel=3,
-            )
-        places.update(slots.embeddings(root, {p for p, _ in inject.adapted(root)}))
+    own = slots.adapted_paths(root, name)
+    targeted = any(p.rpartition(".")[2] in slots.EMBEDDINGS for p in own)
+    if save_embedding_layers == "auto":
+        why = "embedding layers found in `target_modules`" if targeted else _resized(root, config)
+        if why:
+            warnings.warn(f"Setting `save_embedding_layers` to `True` as {why}.", stacklevel=3)
+        save_embedding_layers = bool(why)
+    if save_embedding_layers:
+        adapted = slots.adapted_paths(root)
+        found = slots.embeddings(root, adapted)
+        # PEFT's rule: with an adapter on an embedding, only embeddings with adapters are saved
+        places.update({k: s for k, s in found.items() if not targeted or ".base_layer." in k})
     if state_dict is None:
         return {k: slot.tensor.detach() for k, slot in places.items()}
     gathered = {k.removeprefix("_orig_mod.").removeprefix(slots.PREFIX): v
@@ -219,6 +224,28 @@ def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
         raise CheckpointError(f"{path}: expected a safetensors file, got {error}") from error
 
 
+def _once(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Without the second and third copy of a bias that PEFT writes for bias="all" when the module
+    is trained whole."""
+    found = dict(shapes)
+    for key in shapes:
+        for extra in (".modules_to_save.bias", ".original_module.bias"):
+            if key.endswith(extra) and key.removesuffix(extra) + ".bias" in shapes:
+                del found[key]
+    return found
+
+
+def _resized(root: nn.Module, config: AdapterConfig) -> str:
+    """Words that say so when the vocabulary is not the one of the base's files; never asks the
+    network."""
+    size = getattr(getattr(root, "config", None), "vocab_size", None)
+    where = config.base_model_name_or_path
+    path = fetch(where, "config.json", local_files_only=True) if size and where else None
+    if path is None or json.loads(path.read_bytes()).get("vocab_size", size) == size:
+        return ""
+    return "the embedding layer has been resized during finetuning"
+
+
 def _load_bin(path: Path) -> dict[str, Tensor]:
     warnings.warn(
         f"{path} is a pickle; save the adapter again to get safetensors", FastAdaptWarning,
@@ -236,7 +263,7 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
 
 
 def _warn_without_effect(adapter: AdapterFile) -> None:
-    b = [t for k, t in adapter.read().items() if ".lora_B." in k or k.endswith(".lora_embedding_B")]
+    b = [t for k, t in adapter.held.items() if ".lora_B." in k or k.endswith(".lora_embedding_B")]
     if b and all(not t.any() for t in b):
         warnings.warn(
             f"{adapter.path}: every lora_B is zero, this adapter changes nothing",

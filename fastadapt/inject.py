@@ -85,9 +85,10 @@ def attach(model: nn.Module, made: Plan, name: str, *, autocast_adapter_dtype: b
     active = [name] if first else _active(model)
     if first:
         model.requires_grad_(False)
+    placed: dict[int, Part] = {}
     for path, adapter in made.adapters.items():
         layer = layers.get(path) or _replace(model, path, AdaptedLayer)
-        _place(adapter, layer.frozen, autocast_adapter_dtype)
+        _place(adapter, layer.frozen, autocast_adapter_dtype, placed)
         layer.add(name, adapter)
         adapter.start(layer.frozen)
         layer.set_adapter(active, inference_mode=made.config.inference_mode)
@@ -202,17 +203,26 @@ def _replace(model: nn.Module, path: str, wrapper: type[Any]) -> Any:
     return made
 
 
-def _place(adapter: Adapter, base: FrozenLayer, autocast: bool) -> None:
+def _place(
+    adapter: Adapter, base: FrozenLayer, autocast: bool, placed: dict[int, Part]
+) -> None:
     """Parts to the base's device and dtype; half precision is widened when ``autocast`` is on."""
     device, dtype = base.layer.weight.device, base.weight.dtype
-    adapter.parts = {k: _to(part, device, dtype, autocast) for k, part in adapter.parts.items()}
+    for key, part in adapter.parts.items():
+        # a part that layers share is placed once
+        if id(part) not in placed:
+            placed[id(part)] = _to(part, device, dtype, autocast)
+        adapter.parts[key] = placed[id(part)]
 
 
 def _to(part: Part, device: Any, dtype: torch.dtype, autocast: bool) -> Part:
     wide = torch.float32 if autocast and dtype in (torch.float16, torch.bfloat16) else dtype
-    if isinstance(part, nn.Parameter):
-        return nn.Parameter(part.detach().to(device, dtype).to(wide), part.requires_grad)
-    return part.to(device, dtype).to(wide)
+    if isinstance(part, nn.Module):
+        return part.to(device, dtype).to(wide)
+    values = part.detach().to(device)
+    if values.is_floating_point():
+        values = values.to(dtype).to(wide)
+    return nn.Parameter(values, part.requires_grad)
 
 
 def _holds(layer: Any, name: str) -> bool:
@@ -227,7 +237,7 @@ def low_precision_warning(model: nn.Module, name: str) -> None:
     """Warn once when an adapter would train in half precision."""
     for _, layer in adapted(model):
         if isinstance(layer, AdaptedLayer) and name in layer.adapters:
-            for part in layer.parts_of(name):
+            for part in layer.parts_of(name).values():
                 tensors = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
                 for tensor in tensors:
                     if tensor.requires_grad and tensor.dtype in (torch.float16, torch.bfloat16):

@@ -112,13 +112,14 @@ class AdaptedLayer(nn.Module):
             getattr(self, key)[name] = value
         adapter.attach(self, name)
         self.adapters[name] = adapter
-        for part in self.parts_of(name):
-            part.train(self.training) if isinstance(part, nn.Module) else None
+        for part in self.parts_of(name).values():
+            if isinstance(part, nn.Module):
+                part.train(self.training)
 
-    def parts_of(self, name: str) -> list[nn.Module | nn.Parameter]:
-        """The modules and parameters of one adapter."""
-        holders = (getattr(self, key) for key in self._part_names)
-        return [holder[name] for holder in holders if name in holder]
+    def parts_of(self, name: str) -> dict[str, nn.Module | nn.Parameter]:
+        """The modules and parameters of one adapter, by PEFT's names."""
+        holders = {key: getattr(self, key) for key in self._part_names}
+        return {key: holder[name] for key, holder in holders.items() if name in holder}
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these active, in this order, and trainable; all others are frozen."""
@@ -270,9 +271,9 @@ class AdaptedLayer(nn.Module):
         return torch.cat(parts).index_select(0, torch.cat(groups).argsort())
 
     def _set_requires_grad(self, name: str, flag: bool) -> None:
-        for part in self.parts_of(name):
-            if part.is_floating_point() if isinstance(part, Tensor) else True:
-                part.requires_grad_(flag)
+        constant = self.adapters[name].constant
+        for key, part in self.parts_of(name).items():
+            part.requires_grad_(flag and key not in constant)
 
     def __repr__(self) -> str:
         methods = sorted({a.name for a in self.adapters.values()}) or ["base"]

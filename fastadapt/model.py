@@ -59,7 +59,7 @@ class Adapters:
             getattr(root, "config", None), "_name_or_path", None
         )
         if made.config.base_model_name_or_path is None:
-            made.config.base_model_name_or_path = path
+            made.config.base_model_name_or_path = path or None
         self._configs[name] = made.config
         inject.low_precision_warning(root, name)
 

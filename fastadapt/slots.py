@@ -15,6 +15,7 @@ from fastadapt import inject, targets
 from fastadapt.adapter import Adapter
 from fastadapt.config import AdapterConfig
 from fastadapt.layer import AdaptedLayer
+from fastadapt.modules_to_save import ModulesToSaveWrapper
 
 PREFIX = "base_model.model."
 EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -66,30 +67,52 @@ def existing(root: nn.Module, config: AdapterConfig, name: str) -> dict[str, Slo
 
 
 def embeddings(root: nn.Module, adapted: set[str]) -> dict[str, Slot]:
-    """The base's input and output embeddings, which a file may hold too."""
+    """The base's input and output embeddings, which a file may hold too; one that is trained whole
+    is in ``existing``."""
     found: dict[str, Slot] = {}
+    ends = _ends(root)
     for path, module in targets.walk(root):
-        if path.rpartition(".")[2] not in EMBEDDINGS:
+        if isinstance(module, ModulesToSaveWrapper) or (
+            id(module) not in ends if ends else path.rpartition(".")[2] not in EMBEDDINGS
+        ):
             continue
-        layer = getattr(module, "base_layer", getattr(module, "original_module", module))
-        weight = getattr(layer, "weight", None)
+        weight = getattr(getattr(module, "base_layer", module), "weight", None)
         if isinstance(weight, Tensor) and weight.is_floating_point():
             middle = ".base_layer" if path in adapted else ""
-            live = middle or (".original_module" if layer is not module else "")
-            found[PREFIX + f"{path}{middle}.weight"] = Slot(f"{path}{live}.weight", weight)
+            found[PREFIX + f"{path}{middle}.weight"] = Slot(f"{path}{middle}.weight", weight)
     return found
+
+
+def adapted_paths(root: nn.Module, name: str | None = None) -> set[str]:
+    """The paths of adapted layers, of all or of one adapter."""
+    return {
+        p for p, layer in inject.adapted(root)
+        if isinstance(layer, AdaptedLayer) and (name is None or name in layer.adapters)
+    }  # fmt: skip
+
+
+def _ends(root: nn.Module) -> set[int]:
+    """The ids of the input and the output embedding; empty for a model that does not say."""
+    ends = set()
+    for ask in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            ends.add(id(getattr(root, ask)()))
+        except (AttributeError, NotImplementedError):
+            continue
+    return ends - {id(None)}
 
 
 def _of_part(
     path: str, name: str, part: str, module: nn.Module | nn.Parameter, adapter: Adapter
 ) -> Iterator[tuple[str, Slot]]:
     live = f"{path}.{part}.{name}"
-    if isinstance(module, nn.Parameter):
-        yield PREFIX + f"{path}.{adapter.file_key(part, '')}", Slot(live, module, adapter)
-        return
-    for leaf, tensor in module.state_dict(keep_vars=True).items():
-        key = PREFIX + f"{path}.{adapter.file_key(part, leaf)}"
-        yield key, Slot(f"{live}.{leaf}", tensor, adapter)
+    single = isinstance(module, nn.Parameter)
+    tensors = {"": module} if single else module.state_dict(keep_vars=True)
+    for leaf, tensor in tensors.items():
+        key = adapter.file_key(part, leaf)
+        if key is not None:
+            full = f"base_model.{key[1:]}" if key.startswith("/") else PREFIX + f"{path}.{key}"
+            yield full, Slot(f"{live}.{leaf}" if leaf else live, tensor, adapter)
 
 
 def _biases(
@@ -100,6 +123,8 @@ def _biases(
     if mode == "none":
         return
     for path, module in targets.walk(root):
+        if isinstance(module, ModulesToSaveWrapper):
+            continue
         layer = getattr(module, "base_layer", module)
         bias = getattr(layer, "bias", None)
         if not isinstance(bias, nn.Parameter) or (mode != "all" and path not in only):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import fastadapt
 from fastadapt.errors import LifecycleError, UnsupportedError
 from tests import tiny
+from tests.budget import assert_within_budget
 
 peft = pytest.importorskip("peft")
 
@@ -81,20 +82,6 @@ def step(model: Any, kind: str = "llama") -> dict[str, Tensor]:
     out.loss.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {"logits": out.logits.detach(), **grads}
-
-
-def assert_within_budget(
-    ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor]
-) -> None:
-    """Our error against float64 is at most twice PEFT's own, the largest over all tensors."""
-    assert list(ours) == list(theirs) == list(exact)
-    for name in exact:
-        assert ours[name].dtype == theirs[name].dtype, name
-
-    def worst(got: dict[str, Tensor]) -> float:
-        return max(float((got[k].double() - v).norm() / v.norm()) for k, v in exact.items())
-
-    assert worst(ours) <= 2 * worst(theirs)
 
 
 class Trio:

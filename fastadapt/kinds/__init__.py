@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from torch import nn
 
+from fastadapt.kinds.conv import Conv
 from fastadapt.kinds.conv1d import Conv1dGpt2
 from fastadapt.kinds.embedding import Embedding
 from fastadapt.kinds.kind import Kind
 from fastadapt.kinds.linear import Linear
 
-KINDS: tuple[type[Kind], ...] = (Linear, Conv1dGpt2, Embedding)
+KINDS: tuple[type[Kind], ...] = (Linear, Conv1dGpt2, Embedding, Conv)
 
 
 def kind_of(layer: nn.Module) -> Kind | None:

@@ -40,7 +40,7 @@ class Dora(Lora):
         with torch.no_grad():
             m.copy_(base.row_norm(*self.pair(), self["scaling"]))
 
-    def file_key(self, part: str, leaf: str) -> str:
+    def file_key(self, part: str, leaf: str) -> str | None:
         # PEFT's files hold m as a plain tensor, though its model holds a module
         return part if part == "lora_magnitude_vector" else super().file_key(part, leaf)
 
@@ -53,7 +53,7 @@ class Dora(Lora):
         a, b, scale = *self.pair(), self["scaling"]
         factor = self._factor(base.row_norm(a, b, scale))
         bias = base.bias
-        kept = base.drop(x, self.dropout)
+        kept = base.drop(x, self.rate("lora_dropout"))
         y = base.low_rank(kept, a, b, scale)
         pure = y if bias is None else y - bias.to(y.dtype)
         rest = bias if kept is x else base(x - kept)

@@ -179,15 +179,9 @@ class Lora(DeltaAdapter):
         return w, extra if bias is None else bias + extra
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        y = base.low_rank(x, *self.pair(), self["scaling"], self.dropout)
+        y = base.low_rank(x, *self.pair(), self["scaling"], self.rate("lora_dropout"))
         extra = self._bias()
         return y if extra is None else y + base.channels(extra).to(y.dtype)
-
-    @property
-    def dropout(self) -> float:
-        """p, or 0 outside training."""
-        module = self["lora_dropout"]
-        return float(module.p) if isinstance(module, nn.Dropout) and module.training else 0.0
 
     def _bias(self) -> Tensor | None:
         if not self["lora_bias"]:

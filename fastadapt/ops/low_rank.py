@@ -157,7 +157,8 @@ def _backward(
     *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     low, bits = product_dtype(u.dtype, x.device), unflatten(flat)
-    dx = da = db = nothing = x.new_empty(0)
+    # outputs of an op must not share memory: a nothing each
+    dx, da, nothing = (x.new_empty(0) for _ in range(3))
     if need_x or need_a or need_b:
         du, db = steps.up_grad(g.to(low), u, b, scale)
     if need_a:

@@ -93,7 +93,7 @@ def _decode_native(bits: Bits, compute: torch.dtype, math: torch.dtype) -> Tenso
         if bits.w.dtype == math:
             return bits.w
         return scratch.take(bits.shape, math).copy_(bits.w.to(compute))
-    if bits.dtype in (compute, torch.float32):
+    if compute != torch.float64 and bits.dtype in (compute, torch.float32):
         return nf4_dequant_into(bits._replace(dtype=compute), scratch.take(bits.shape, math))
     return _decode(bits, compute, math)
 
