@@ -21,6 +21,10 @@ _NAMES = {
     "fastadapt.kbit": "prepare_model_for_kbit_training",
     "fastadapt.config": "PeftConfig PeftType TaskType",
     "fastadapt.methods.lora": "LoraConfig LoraRuntimeConfig",
+    "fastadapt.methods.ia3": "IA3Config",
+    "fastadapt.methods.lokr": "LoKrConfig",
+    "fastadapt.methods.loha": "LoHaConfig",
+    "fastadapt.methods.vera": "VeraConfig",
     "fastadapt.peft_model": (
         "get_peft_model PeftModel PeftModelForCausalLM PeftModelForSeq2SeqLM "
         "PeftModelForSequenceClassification PeftModelForTokenClassification "

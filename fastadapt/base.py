@@ -36,6 +36,10 @@ class Base(Protocol):
         """The input holds indices of input channels (an embedding)."""
 
     @property
+    def groups(self) -> int:
+        """The input has ``shape[1] * groups`` channels (1 but for grouped convolutions)."""
+
+    @property
     def bias(self) -> Tensor | None: ...
     def __call__(self, x: Tensor) -> Tensor: ...
     def read(self) -> tuple[Tensor, Tensor | None]:
@@ -49,6 +53,9 @@ class Base(Protocol):
 
     def channels(self, v: Tensor) -> Tensor:
         """v: (out,) shaped to scale or shift the output."""
+
+    def inputs(self, v: Tensor) -> Tensor:
+        """v: (channels of the input,) shaped to scale the input."""
 
     def pair(self, r: int, bias: bool = False) -> Pair:
         """Fresh maps in -> r and r -> out."""
@@ -83,6 +90,10 @@ class FrozenLayer:
     @property
     def indexed(self) -> bool:
         return self.kind.indexed
+
+    @property
+    def groups(self) -> int:
+        return self.kind.groups
 
     @property
     def bias(self) -> Tensor | None:
@@ -126,6 +137,9 @@ class FrozenLayer:
 
     def channels(self, v: Tensor) -> Tensor:
         return self.kind.channels(v)
+
+    def inputs(self, v: Tensor) -> Tensor:
+        return self.kind.inputs(v)
 
     def pair(self, r: int, bias: bool = False) -> Pair:
         return self.kind.pair(r, bias)
@@ -186,6 +200,10 @@ class Stacked:
         return self.base.indexed
 
     @property
+    def groups(self) -> int:
+        return self.base.groups
+
+    @property
     def bias(self) -> Tensor | None:
         return self.read()[1]
 
@@ -203,6 +221,9 @@ class Stacked:
 
     def channels(self, v: Tensor) -> Tensor:
         return self.base.channels(v)
+
+    def inputs(self, v: Tensor) -> Tensor:
+        return self.base.inputs(v)
 
     def pair(self, r: int, bias: bool = False) -> Pair:
         return self.base.pair(r, bias)

@@ -11,14 +11,19 @@ import difflib
 import enum
 import json
 import os
+import reprlib
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import fastadapt.methods as registry
 from fastadapt.errors import CheckpointError, ConfigError, FastAdaptWarning
 from fastadapt.files import fetch, write_atomic
+from fastadapt.targets import DEFAULT_TARGETS
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_SCHEMA = "0.21.2"
@@ -71,6 +76,11 @@ class PeftConfig:
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
+        for name, hint in _hints(getattr(type(self), "_own", type(self))).items():
+            value = getattr(self, name)
+            if value is not None and not _fits(value, hint):
+                expected = getattr(hint, "__name__", hint)
+                raise ConfigError(f"{name}: expected {expected}, got {reprlib.repr(value)}")
         if self.task_type is not None and self.task_type not in [t.value for t in TaskType]:
             raise ConfigError(
                 f"Invalid task type: {self.task_type!r}. Must be one of the following task types: "
@@ -87,9 +97,15 @@ class PeftConfig:
     def is_adaption_prompt(self) -> bool:
         return False
 
+    @classmethod
+    def known_fields(cls) -> set[str]:
+        """The names of the fields that a file may hold."""
+        return {f.name for f in dataclasses.fields(cls) if f.init}
+
     def to_dict(self) -> dict[str, Any]:
         """Every field, plain values."""
-        return dataclasses.asdict(self)
+        known = self.known_fields()
+        return {k: v for k, v in dataclasses.asdict(self).items() if k in known}
 
     def to_json(self, **changes: Any) -> str:
         """The text of adapter_config.json, with ``changes`` to some fields."""
@@ -163,7 +179,7 @@ class PeftConfig:
         Fields of a newer PEFT are left out with a warning, as PEFT does."""
         peft_type = kwargs.get("peft_type")
         target = cls if peft_type is None else registry.method_of(peft_type).Config
-        known = {f.name for f in dataclasses.fields(target) if f.init}
+        known = target.known_fields()
         unknown = sorted(set(kwargs) - known)
         if unknown:
             if peft_type is None:
@@ -200,16 +216,32 @@ class AdapterConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 
+    without: ClassVar[tuple[str, ...]] = ()
+    """Shared fields that PEFT's class of this name does not have."""
+
+    default_targets: ClassVar[Mapping[str, list[str] | str]] = DEFAULT_TARGETS
+    """Model type -> target_modules when None is given."""
+
+    def for_model(self, model_type: str | None) -> Self:
+        """A copy with fields that default by model type (``target_modules`` apart) filled in."""
+        return self
+
+    @classmethod
+    def known_fields(cls) -> set[str]:
+        """The names that PEFT's class has too."""
+        return super().known_fields() - set(cls.without)
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in self.without:
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{type(self).__name__} has no field {name!r}")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if isinstance(value, list | tuple | set | frozenset):
-                if not all(isinstance(v, str) for v in value):
-                    raise ConfigError(f"{name}: expected names, got {value!r}")
+            if value is not None and not isinstance(value, str):
                 setattr(self, name, set(value))
-            elif value is not None and not isinstance(value, str):
-                raise ConfigError(f"{name}: expected names or a pattern, got {value!r}")
+        if isinstance(self.modules_to_save, tuple | set | frozenset):
+            self.modules_to_save = sorted(self.modules_to_save)
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -244,7 +276,7 @@ def from_dict(values: dict[str, Any]) -> AdapterConfig:
     if "peft_type" not in values:
         raise ConfigError("expected a peft_type among the values, got none")
     target = registry.method_of(values["peft_type"]).Config
-    known = {f.name for f in dataclasses.fields(target) if f.init}
+    known = target.known_fields()
     for name in values:
         if name not in known:
             raise ConfigError(f"{target.__name__} has no field {_near(name, known)}")
@@ -254,6 +286,29 @@ def from_dict(values: dict[str, Any]) -> AdapterConfig:
 def _near(name: str, known: set[str]) -> str:
     close = difflib.get_close_matches(name, known, 1)
     return f"{name!r}" + (f": did you mean {close[0]!r}?" if close else "")
+
+
+@cache
+def _hints(cls: type[PeftConfig]) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """The value is what a field's annotation says; any sequence is a list."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, h) for h in inner)
+    if kind in (list, set):
+        listed = isinstance(value, list | tuple | set | frozenset)
+        return listed and all(_fits(v, h) for v in value for h in inner)
+    if kind is dict:
+        pairs = value.items() if isinstance(value, dict) else [(value, value)]
+        fit = all(_fits(v, h) for pair in pairs for v, h in zip(pair, inner, strict=False))
+        return isinstance(value, dict) and fit
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    return not isinstance(kind, type) or kind is object or isinstance(value, kind)
 
 
 def _plain(value: Any) -> Any:

@@ -139,7 +139,7 @@ def _resolved(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     """A copy with targets as names and the task's heads among modules_to_save."""
     wanted = config.target_modules
     if wanted is None and not getattr(config, "target_parameters", None):
-        wanted = targets.default_targets(model)
+        wanted = targets.default_targets(model, config.default_targets)
         wanted = wanted if isinstance(wanted, str) else set(wanted)
     elif isinstance(wanted, str) and wanted.lower() == targets.ALL_LINEAR:
         paths = targets.linear_paths(model, _is_linear)
@@ -151,6 +151,7 @@ def _resolved(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
         if len(wanted) >= 20 and exact:
             wanted = targets.condense(wanted, [p for p in names if p not in exact])
     new = dataclasses.replace(config, target_modules=wanted)
+    new = new.for_model(targets.model_type(model))
     heads = _task_heads(config)
     if heads:
         new.modules_to_save = [*(config.modules_to_save or [])]

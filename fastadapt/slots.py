@@ -106,8 +106,9 @@ def _of_part(
     path: str, name: str, part: str, module: nn.Module | nn.Parameter, adapter: Adapter
 ) -> Iterator[tuple[str, Slot]]:
     live = f"{path}.{part}.{name}"
-    single = isinstance(module, nn.Parameter)
-    tensors = {"": module} if single else module.state_dict(keep_vars=True)
+    tensors: dict[str, Tensor] = {"": module} if isinstance(module, nn.Parameter) else {}
+    if isinstance(module, nn.Module):
+        tensors = module.state_dict(keep_vars=True)
     for leaf, tensor in tensors.items():
         key = adapter.file_key(part, leaf)
         if key is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import regex
@@ -62,15 +62,17 @@ def is_adapted(module: nn.Module) -> bool:
     return hasattr(module, "adapter_layer_names")
 
 
-def default_targets(model: nn.Module) -> list[str] | str:
+def default_targets(
+    model: nn.Module, table: Mapping[str, list[str] | str] = DEFAULT_TARGETS
+) -> list[str] | str:
     """The default for the model's type; raises TargetError when the type has none."""
-    model_type = _model_type(model)
-    if model_type not in DEFAULT_TARGETS:
+    kind = model_type(model)
+    if kind is None or kind not in table:
         raise TargetError(
             f"Please specify `target_modules` in `peft_config`: there is no default for the model "
-            f"type {model_type!r}"
+            f"type {kind!r}"
         )
-    return DEFAULT_TARGETS[model_type]
+    return table[kind]
 
 
 def linear_paths(model: nn.Module, is_linear: Callable[[nn.Module], bool]) -> set[str]:
@@ -162,37 +164,41 @@ class Matcher:
         forms = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns] or [
             r".*?\.[^.]*\.(?P<idx>\d+)\."
         ]
-        found = next((m for f in forms if (m := regex.match(f, path))), None)
+        left = self._deadline - time.monotonic()
+        found = next((m for f in forms if (m := _timed(regex.match, f, path, left))), None)
         if found is None:
             return False
         index = int(found["idx"])
         return index == chosen if isinstance(chosen, int) else index in chosen
 
     def _match(self, pattern: str, path: str) -> bool:
-        left = self._deadline - time.monotonic()
-        try:
-            if left <= 0:
-                raise TimeoutError
-            return regex.fullmatch(pattern, path, timeout=left) is not None
-        except TimeoutError as error:
-            raise TargetError(
-                f"the pattern {pattern!r} took more than {PATTERN_SECONDS} s on the module names: "
-                "simplify nested repetitions, or give names instead"
-            ) from error
-        except regex.error as error:
-            raise TargetError(f"{pattern!r} is not a regular expression: {error}") from error
+        return full_match(pattern, path, self._deadline - time.monotonic())
+
+
+def full_match(pattern: str, path: str, seconds: float = PATTERN_SECONDS) -> bool:
+    """The pattern is the whole path. Raises TargetError for one that takes too long."""
+    return _timed(regex.fullmatch, pattern, path, seconds) is not None
+
+
+def _timed(match: Callable[..., Any], pattern: str, path: str, seconds: float) -> Any:
+    try:
+        if seconds <= 0:
+            raise TimeoutError
+        return match(pattern, path, timeout=seconds)
+    except TimeoutError as error:
+        raise TargetError(
+            f"the pattern {pattern!r} took more than {PATTERN_SECONDS} s on the module names: "
+            "simplify nested repetitions, or give names instead"
+        ) from error
+    except regex.error as error:
+        raise TargetError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
 def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
     """The value of the first key of a rank or alpha pattern that matches the end of ``path``."""
     for key, value in patterns.items():
-        try:
-            if regex.match(rf"(.*\.)?({key})$", path, timeout=PATTERN_SECONDS):
-                return value
-        except TimeoutError as error:
-            raise TargetError(f"the pattern {key!r} takes too long on {path!r}") from error
-        except regex.error as error:
-            raise TargetError(f"{key!r} is not a regular expression: {error}") from error
+        if _timed(regex.match, rf"(.*\.)?({key})$", path, PATTERN_SECONDS):
+            return value
     return default
 
 
@@ -200,7 +206,8 @@ def _ends(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
-def _model_type(model: nn.Module) -> str | None:
+def model_type(model: nn.Module) -> str | None:
+    """``model.config.model_type``, where there is one."""
     config: Any = getattr(model, "config", None)
     if isinstance(config, dict):
         return config.get("model_type")

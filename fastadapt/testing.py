@@ -59,6 +59,13 @@ def check(
         raise AssertionError(f"{what}: expected an error of at most {allowed:.3g}, got {off:.3g}")
 
 
+def as_float64(plain: Tensor, oracle: Tensor) -> Tensor:
+    """What plain PyTorch would give in float64, had the oracle no error of its own: the error of
+    ``plain``, a float32 result, by the ratio of the two roundings."""
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return oracle.detach() + (plain.detach().double() - oracle.detach()) * ratio
+
+
 # the low-rank op
 
 
@@ -95,11 +102,11 @@ class LowRankCase:
         shown += [f"compute_{_short(self.compute)}"] if self.compute else []
         return "-".join(shown)
 
-    def make(self, seed: int = 0) -> LowRankInputs:
+    def make(self, seed: int = 0, device: str = "cpu") -> LowRankInputs:
         """Fresh tensors, the same for the same seed. Needs bitsandbytes for 4-bit weights."""
         g = torch.Generator().manual_seed(seed)
         m, k, n, r, dtype = self.m, self.k, self.n, self.r, self.dtype
-        x = _laid_out(torch.randn(m, k, generator=g).to(dtype), self.layout)
+        x = _laid_out(torch.randn(m, k, generator=g).to(device, dtype), self.layout)
         w = torch.randn(n, k, generator=g) / k**0.5
         kept = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
         bits: Bits | None = None
@@ -111,12 +118,12 @@ class LowRankCase:
         pair = self.pair or dtype
         return LowRankInputs(
             x=x,
-            bits=bits,
-            w=None if bits is None else decoded(bits).to(self.compute or dtype),
-            a=(torch.randn(r, k, generator=g) / k**0.5).to(pair),
-            b=(torch.randn(n, r, generator=g) / r**0.5).to(pair),
-            bias=torch.randn(n, generator=g).to(dtype) if self.bias else None,
-            g=torch.randn(*x.shape[:-1], n, generator=g).to(dtype),
+            bits=None if bits is None else moved(bits, device),
+            w=None if bits is None else decoded(bits).to(device, self.compute or dtype),
+            a=(torch.randn(r, k, generator=g) / k**0.5).to(device, pair),
+            b=(torch.randn(n, r, generator=g) / r**0.5).to(device, pair),
+            bias=torch.randn(n, generator=g).to(device, dtype) if self.bias else None,
+            g=torch.randn(*x.shape[:-1], n, generator=g).to(device, dtype),
         )
 
 
@@ -150,7 +157,7 @@ def plain_low_rank(
 def drop_factors(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     """0 or 1 / (1 - p) for each element, float64, p as the op rounds it."""
     numel = torch.Size(shape).numel()
-    return (keep_mask(seed, numel, p) * (65536 / (65536 - threshold(p)))).double().view(*shape)
+    return (keep_mask(seed, numel, p).double() * (65536 / (65536 - threshold(p)))).view(*shape)
 
 
 def quantised(w: Tensor, kind: str = "nf4", *, nested: bool = True, blocksize: int = 64) -> Nf4:
@@ -166,6 +173,11 @@ def quantised(w: Tensor, kind: str = "nf4", *, nested: bool = True, blocksize: i
         inner.code if inner else None, state.offset if inner else None, blocksize,
         inner.blocksize if inner else 0, w.shape[0], w.shape[1], w.dtype,
     )  # fmt: skip
+
+
+def moved(bits: Bits, device: str) -> Bits:
+    """The same bits on another device."""
+    return type(bits)(*(v.to(device) if isinstance(v, Tensor) else v for v in bits))
 
 
 def decoded(bits: Bits) -> Tensor:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny chat model on disk and conversations for it: nothing is fetched."""
+"""The implementations that op tests run over; a tiny chat model on disk and conversations for it:
+nothing is fetched."""
 
 from __future__ import annotations
 
@@ -14,6 +15,25 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """ChatML without a default system turn."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes ``implementation`` runs once for each, forced, on ``device``."""
+    if "implementation" not in metafunc.fixturenames:
+        return
+    from fastadapt.ops import native
+
+    reason = native.why_not()
+    built = [pytest.mark.native, pytest.mark.skipif(reason is not None, reason=str(reason))]
+    metafunc.parametrize(
+        ("implementation", "device"),
+        [
+            pytest.param("reference", "cpu", id="reference"),
+            pytest.param("native", "cpu", id="native", marks=built),
+            pytest.param("reference", "cuda", id="reference_cuda", marks=pytest.mark.gpu),
+            pytest.param("triton", "cuda", id="triton", marks=pytest.mark.gpu),
+        ],
+    )
 
 
 @pytest.fixture(scope="session")

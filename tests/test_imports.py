@@ -47,7 +47,7 @@ ROOMS = {
     "weights": Room("ops", lazy="bitsandbytes gptqmodel hqq torchao aqlm eetq"),
     "kinds": Room(),
     "base": Room("weights kinds ops", types="adapter"),
-    "config": Room("files methods", lazy="peft"),
+    "config": Room("files methods targets", lazy="peft"),
     "files": Room(lazy="huggingface_hub"),
     "adapter": METHOD,
     "methods": METHOD,

@@ -45,7 +45,9 @@ def adapted(door: str, fmt: str = "fp32", base: Any = None, **options: Any) -> A
     else:
         make = fastadapt.patch if door == "patch" else fastadapt.get_peft_model
         model = make(base, fastadapt.LoraConfig(**settings))
-    tiny.randomise(model, scale=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for _, parameter in tiny.adapter_parameters(model):
+        parameter.data.normal_(std=0.02, generator=generator)
     return model
 
 
@@ -404,8 +406,8 @@ from tests import test_trainer, tiny
 
 rank, folder, door, fmt = int(sys.argv[1]), *sys.argv[2:]
 torch.set_num_threads(1)
+model = test_trainer.adapted(door, fmt)  # first: in a group only rank 0 would save its base
 dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-model = test_trainer.adapted(door, fmt)
 ddp = DistributedDataParallel(model)
 torch.save(test_trainer.three_steps(ddp, rank), f"{folder}/{rank}.pt")
 dist.destroy_process_group()
@@ -428,8 +430,7 @@ def three_steps(model: Any, half: int | None = None) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parity
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(("door", "fmt"), [("patch", "fp32"), ("patch", "nf4"), ("wrapper", "nf4")])
 def test_two_processes_train_as_one(door: str, fmt: str, tmp_path: Path) -> None:
     root = Path(__file__).resolve().parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo"}
@@ -441,12 +442,11 @@ def test_two_processes_train_as_one(door: str, fmt: str, tmp_path: Path) -> None
         for rank in range(2)
     ]  # fmt: skip
     try:
-        for process in started:
-            output, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, output[-3000:]
+        said = [process.communicate(timeout=240)[0][-3000:] for process in started]
     finally:
         for process in started:
             process.kill()
+    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert_equal(first, second)
     exact = three_steps(in_float64(adapted("peft", fmt)))

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,15 @@ VOCABULARY = 96
 HIDDEN = 64
 FORMATS = ("fp32", "bf16", "nf4", "int8")
 _KEPT = tempfile.TemporaryDirectory(prefix="fastadapt-tiny-")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """For modules that import it: threads cost such small products four times what they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def model(kind: str = "llama", fmt: str = "fp32") -> Any:
@@ -57,6 +67,23 @@ def folder(kind: str) -> Path:
     path = Path(_KEPT.name) / kind
     _dense(kind).save_pretrained(path)
     return path
+
+
+class Plain(nn.Module):
+    """Two blocks of two linears and a head, for what needs no model of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"q_proj": nn.Linear(8, 8), "o_proj": nn.Linear(8, 8)}) for _ in range(2)
+        )
+        self.lm_head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.layers:
+            x = x + block["o_proj"](block["q_proj"](x).tanh())
+        return self.lm_head(x)  # type: ignore[no-any-return]
 
 
 def batch(kind: str = "llama", rows: int = 2, length: int = 12, seed: int = 3) -> dict[str, Tensor]:

@@ -38,23 +38,30 @@ class Conv(Kind):
         return int(self.layer.groups)
 
     def apply(self, x: Tensor, w: Tensor) -> Tensor:
+        """As many groups as the channels of x say: a full weight (r, in, *kernel) has one."""
         layer = self.layer
         if layer.padding_mode != "zeros":
             x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
         padding = layer.padding if layer.padding_mode == "zeros" else 0
-        y: Tensor = self._conv(x, w, None, layer.stride, padding, layer.dilation, layer.groups)
+        groups = x.shape[1 - w.dim()] // w.shape[1]
+        y: Tensor = self._conv(x, w, None, layer.stride, padding, layer.dilation, groups)
         return y
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
-        """With groups, w holds the rows of all groups: (out, r / groups), as ``pair`` makes it."""
-        kernel = (1,) * (h.dim() - 2)
-        y: Tensor = self._conv(h, w.view(*w.shape[:2], *kernel), groups=self.layer.groups)
+        """w: (out, r), or (out, r / groups) for a grouped map."""
+        kernel = (1,) * (self.layer.weight.dim() - 2)
+        groups = h.shape[-1 - len(kernel)] // w.shape[1]
+        y: Tensor = self._conv(h, w.reshape(*w.shape[:2], *kernel), groups=groups)
         return y
 
     def channels(self, v: Tensor) -> Tensor:
         return v.view(-1, *(1,) * (self.layer.weight.dim() - 2))
 
+    def inputs(self, v: Tensor) -> Tensor:
+        return self.channels(v)
+
     def pair(self, r: int, bias: bool) -> tuple[nn.Module, nn.Module]:
+        """A full convolution to r channels, and a 1x1 that is grouped as the layer is."""
         layer, cls = self.layer, self._cls
         if r % layer.groups:
             raise UnsupportedError(
@@ -63,7 +70,6 @@ class Conv(Kind):
             )
         make: Any = cls
         a = make(
-            layer.in_channels, r, layer.kernel_size, layer.stride, layer.padding,
-            dilation=layer.dilation, groups=layer.groups, bias=False,
-        )  # fmt: skip
+            layer.in_channels, r, layer.kernel_size, layer.stride, layer.padding, bias=False
+        )
         return a, make(r, layer.out_channels, 1, 1, groups=layer.groups, bias=bias)

@@ -21,6 +21,11 @@ class Kind(ABC):
     product: ClassVar[bool] = False
     indexed: ClassVar[bool] = False
 
+    @property
+    def groups(self) -> int:
+        """The input has ``shape[1] * groups`` channels; a group of outputs sees its own part."""
+        return 1
+
     def __init__(self, layer: nn.Module) -> None:
         self.layer: Any = layer
 
@@ -52,6 +57,10 @@ class Kind(ABC):
 
     def channels(self, v: Tensor) -> Tensor:
         """v: (out,) shaped to scale or shift the output."""
+        return v
+
+    def inputs(self, v: Tensor) -> Tensor:
+        """v: (channels of the input,) shaped to scale the input."""
         return v
 
     @abstractmethod

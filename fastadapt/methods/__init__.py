@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 METHODS = {
     "LORA": "lora:Lora",
+    "VERA": "vera:Vera",
+    "IA3": "ia3:IA3",
+    "LOKR": "lokr:LoKr",
+    "LOHA": "loha:LoHa",
 }
 """PEFT's type -> module of this package : class."""
 

@@ -83,7 +83,7 @@ class LoraConfig(AdapterConfig):
         for rank in (self.r, *self.rank_pattern.values()):
             _check_rank(rank)
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
-            if not isinstance(alpha, int | float) or not math.isfinite(alpha) or abs(alpha) > 1e6:
+            if not isinstance(alpha, int | float) or not abs(alpha) <= 1e6:
                 raise ConfigError(f"lora_alpha: expected a finite number up to 1e6, got {alpha!r}")
         if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout: expected 0 <= p < 1, got {self.lora_dropout!r}")

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases of IA3, LoHa, LoKr, AdaLoRA, HiRA, MiSS, LoRA on convolutions and LN tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ALL = {"target_modules": "all-linear"}
+ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
+CONVS = {"target_modules": ["first", "point", "grouped", "head"]}
+NO_FEEDFORWARD = {"feedforward_modules": []}
+
+
+def case(config: str, model: str = "llama", **options: Any) -> dict[str, Any]:
+    made = {k: options.pop(k) for k in ("nf4", "scale", "lr", "skip", "near") if k in options}
+    return {"peft": config, "ours": config, "model": model, "kwargs": options, **made}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "lora": case("LoraConfig", **ALL, nf4=True),
+    "ia3": case("IA3Config", nf4=True),
+    "ia3-random": case("IA3Config", **ALL, **NO_FEEDFORWARD, init_ia3_weights=False),
+    "ia3-names": case(
+        "IA3Config", target_modules=["q_proj", "up_proj"], feedforward_modules=["up_proj"]
+    ),
+    "ia3-gpt2": case("IA3Config", "gpt2"),
+    "ia3-conv": case("IA3Config", "conv", **CONVS, feedforward_modules=["point", "head"]),
+    "loha": case("LoHaConfig", **ALL),
+    "loha-small": case("LoHaConfig", **ALL, r=3, alpha=5, rank_pattern={"q_proj": 2}),
+    "loha-random": case("LoHaConfig", **ATTENTION, init_weights=False),
+    "loha-conv": case("LoHaConfig", "conv", target_modules=["first", "point", "grouped", "flat"]),
+    "loha-conv-core": case(
+        "LoHaConfig", "conv", target_modules=["first", "point", "grouped", "flat"],
+        use_effective_conv2d=True, r=4,
+    ),
+    "lokr": case("LoKrConfig", **ALL),
+    "lokr-both": case("LoKrConfig", **ALL, r=2, decompose_both=True, alpha_pattern={"v_proj": 3}),
+    "lokr-factor": case("LoKrConfig", **ALL, decompose_factor=4, init_weights="lycoris"),
+    "lokr-random": case("LoKrConfig", **ATTENTION, r=2, init_weights=False),
+    "lokr-conv": case("LoKrConfig", "conv", target_modules=["first", "point", "grouped", "flat"]),
+    "lokr-conv-core": case(
+        "LoKrConfig", "conv", target_modules=["first", "grouped", "flat"],
+        use_effective_conv2d=True, r=1, init_weights="lycoris",
+    ),
+    "lora-conv": case("LoraConfig", "conv", target_modules=["first", "point", "flat", "head"]),
+    "lora-conv-groups": case(
+        "LoraConfig", "conv", target_modules=["grouped"], lora_bias=True,
+        skip={"merge": "the update of PEFT's grouped pair is not a grouped weight"},
+    ),
+    "dora-conv": case(
+        "LoraConfig", "conv", target_modules=["first", "point", "flat", "head"], use_dora=True
+    ),
+}

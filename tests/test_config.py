@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configurations: PEFT's fields and json both ways, and one clear error for what cannot be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastadapt
+from fastadapt.config import MAX_CONFIG_BYTES, PeftConfig, PeftType, as_config, from_dict
+from fastadapt.errors import (
+    CheckpointError,
+    ConfigError,
+    FastAdaptError,
+    FastAdaptWarning,
+    UnsupportedError,
+)
+from fastadapt.methods import METHODS
+from fastadapt.methods.lora import MAX_RANK
+from tests import tiny
+
+CONFIG = "adapter_config.json"
+
+USED = {
+    "megatron_config": {"tensor_model_parallel_size": 1},
+    "trainable_token_indices": [1, 2],
+    "loftq_config": {"loftq_bits": 4},
+    "eva_config": {"rho": 2.0},
+    "corda_config": {"corda_method": "kpm"},
+    "lora_ga_config": {"direction": "ArB2r"},
+    "velora_config": {"num_groups": 32},
+    "alora_invocation_tokens": [5],
+    "use_qalora": True,
+    "monteclora_config": {"num_samples": 2},
+    "layer_replication": [(0, 1), (0, 2)],
+    "target_parameters": ["experts.gate_up_proj"],
+    "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 1},
+    "kasa_config": {"beta": 0.1},
+    "ensure_weight_tying": True,
+}
+"""A value that turns each field on whose behaviour is not built yet."""
+
+FILLED = {
+    "r": 4, "lora_alpha": 16, "lora_dropout": 0.1, "bias": "lora_only", "use_rslora": True,
+    "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}, "task_type": "CAUSAL_LM",
+    "target_modules": ["v_proj", "q_proj"], "exclude_modules": ["lm_head"],
+    "modules_to_save": ["lm_head"], "layers_to_transform": [0], "layers_pattern": "layers",
+    "init_lora_weights": "gaussian", "use_dora": True, "base_model_name_or_path": "somewhere",
+    "revision": "main",
+}  # fmt: skip
+
+JUNK = [
+    None, True, 0, -1, 1.5, float("nan"), float("inf"), 1 << 70, "", "junk", "(", [], [1], ["x"],
+    [["x"]], [None], {}, {"x": 1}, {"x": "y"}, {"(": 2}, {1: 1}, object(), b"junk", {3}, (1, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("r", [0, -1, MAX_RANK + 1, 3_000_000, 1 << 70, 1.5, "8", None, True, [8]])
+def test_rank_is_checked(r: Any) -> None:
+    with pytest.raises(ConfigError, match="`?r`?"):
+        fastadapt.LoraConfig(r=r)
+    with pytest.raises(ConfigError, match="`?r`?"):
+        fastadapt.LoraConfig(rank_pattern={"q_proj": r})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("lora_alpha", float("nan")), ("lora_alpha", 1e30), ("lora_alpha", "16"),
+        ("alpha_pattern", {"q_proj": "x"}), ("alpha_pattern", [1]), ("rank_pattern", "q_proj"),
+        ("lora_dropout", 1.0), ("lora_dropout", -0.1), ("lora_dropout", "0"),
+        ("lora_dropout", float("nan")), ("bias", "some"), ("bias", True), ("task_type", 5),
+        ("target_modules", 5), ("target_modules", [1]), ("exclude_modules", {"a": 1}),
+        ("modules_to_save", "lm_head"), ("modules_to_save", [1]), ("layers_to_transform", "1"),
+        ("layers_to_transform", ["1"]), ("layers_pattern", 3),
+        ("init_lora_weights", 3.5), ("use_dora", "yes"), ("use_rslora", 1.5),
+        ("inference_mode", "no"),
+    ],
+)  # fmt: skip
+def test_values_of_a_wrong_kind_are_refused_by_name(field: str, value: Any) -> None:
+    others = {"layers_pattern": {"layers_to_transform": [0]}}.get(field, {})
+    with pytest.raises(ConfigError, match=field):
+        fastadapt.LoraConfig(**{field: value}, **others)
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(fastadapt.LoraConfig)])
+def test_junk_gives_our_error_or_none(field: str) -> None:
+    """Whatever a file holds: a config, or one error of ours; never another exception."""
+    for value in JUNK:
+        values = {"peft_type": "LORA", "target_modules": ["q_proj"], field: value}
+        try:
+            config = PeftConfig.from_peft_type(**values)
+            fastadapt.patch(tiny.Plain(), config)
+        except FastAdaptError:
+            pass
+
+
+@pytest.mark.parametrize("clash", [
+    {"target_modules": ".*", "layers_to_transform": [0]},
+    {"layers_pattern": "layers"},
+    {"use_dora": True, "lora_bias": True},
+    {"task_type": "WRITING"},
+])  # fmt: skip
+def test_clashes(clash: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        fastadapt.LoraConfig(**clash)
+
+
+@pytest.mark.parametrize("field", sorted(USED))
+def test_fields_that_are_not_built_say_so(field: str) -> None:
+    model = tiny.Plain()
+    before = tiny.snapshot(model)
+    config = fastadapt.LoraConfig(target_modules=["q_proj"], **{field: USED[field]})
+    for door in (fastadapt.patch, fastadapt.get_peft_model):
+        with pytest.raises(UnsupportedError, match=field):
+            door(model, config)
+        tiny.assert_same(model, before)
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora", "eva", "corda", "loftq", "orthogonal"])
+def test_start_values_that_are_not_built_say_so(how: str) -> None:
+    config = fastadapt.LoraConfig(target_modules=["q_proj"], init_lora_weights=how)
+    with pytest.raises(UnsupportedError, match=f"init_lora_weights={how!r}"):
+        fastadapt.patch(tiny.Plain(), config)
+
+
+def test_every_default_is_built() -> None:
+    fastadapt.LoraConfig().check_built()
+
+
+def test_the_fields_are_pefts() -> None:
+    peft = pytest.importorskip("peft")
+    ours = {f.name: f for f in dataclasses.fields(fastadapt.LoraConfig)}
+    theirs = {f.name for f in dataclasses.fields(peft.LoraConfig)}
+    assert set(ours) == theirs
+    want, got = peft.LoraConfig().to_dict(), fastadapt.LoraConfig().to_dict()
+    assert got == want
+    # every field is either done or named as not built
+    assert set(USED) <= theirs
+
+
+@pytest.mark.parametrize("values", [{}, FILLED], ids=["defaults", "filled"])
+def test_json_both_ways(values: dict[str, Any], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    ours, theirs = fastadapt.LoraConfig(**values), peft.LoraConfig(**values)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert peft.PeftConfig.from_pretrained(str(tmp_path / "ours")).to_dict() == theirs.to_dict()
+    assert PeftConfig.from_pretrained(tmp_path / "theirs").to_dict() == ours.to_dict()
+    assert as_config(theirs).to_dict() == ours.to_dict()
+    back = ours.to_peft()
+    assert isinstance(back, peft.LoraConfig)
+    assert back.to_dict() == theirs.to_dict()
+
+
+def test_a_dict_of_fields() -> None:
+    values = {"peft_type": "LORA", "r": 4}
+    assert from_dict(values).r == 4  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="lora_alpa.*did you mean 'lora_alpha'"):
+        from_dict({**values, "lora_alpa": 4})
+    with pytest.raises(ConfigError, match="peft_type"):
+        from_dict({"r": 4})
+
+
+@pytest.mark.parametrize("thing", [None, 5, "LORA", ["LORA"], {"peft_type": "LORRA"}])
+def test_what_is_no_config(thing: Any) -> None:
+    with pytest.raises(ConfigError, match="expected|did you mean"):
+        as_config(thing)
+
+
+def test_methods_that_are_not_built_say_so() -> None:
+    absent = sorted(set(PeftType.__members__) - set(METHODS))
+    if not absent:
+        pytest.skip("every method of PEFT is built")
+    with pytest.raises(UnsupportedError, match=absent[0]):
+        as_config({"peft_type": absent[0]})
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "says"),
+    [
+        (b"", CheckpointError, "JSON object"),
+        (b"{", CheckpointError, "JSON object"),
+        (b"\xff\xfe\x00", CheckpointError, "JSON object"),
+        (b"[1, 2]", CheckpointError, "got list"),
+        (b"null", CheckpointError, "JSON object"),
+        (b"[" * 200_000, CheckpointError, "JSON object"),
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, CheckpointError, "JSON object"),
+        (b'"' + b"x" * MAX_CONFIG_BYTES + b'"', CheckpointError, str(MAX_CONFIG_BYTES)),
+        (b'{"r": 8}', ConfigError, "peft_type"),
+        (b'{"peft_type": "MAGIC"}', ConfigError, "MAGIC"),
+        (b'{"peft_type": ["LORA"]}', ConfigError, "peft_type"),
+        (b'{"peft_type": "LORA", "r": 3000000}', ConfigError, "3000000"),
+        (b'{"peft_type": "LORA", "r": 1e400}', ConfigError, "r: expected int, got inf"),
+        (b'{"peft_type": "LORA", "r": null}', ConfigError, "r: expected an integer"),
+    ],
+)
+def test_files_that_are_no_config(
+    content: bytes, error: type[Exception], says: str, tmp_path: Path
+) -> None:
+    (tmp_path / CONFIG).write_bytes(content)
+    model = tiny.Plain()
+    before = tiny.snapshot(model)
+    with pytest.raises(error, match=says) as caught:
+        fastadapt.PeftModel.from_pretrained(model, tmp_path)
+    assert len(str(caught.value)) < 1000
+    tiny.assert_same(model, before)
+
+
+def test_no_file_at_all(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=CONFIG):
+        PeftConfig.from_pretrained(tmp_path)
+
+
+def test_fields_of_a_newer_peft_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    values = {"peft_type": "LORA", "r": 3, "lora_magic": True}
+    (tmp_path / CONFIG).write_text(json.dumps(values))
+    with pytest.warns(FastAdaptWarning, match="lora_magic"):
+        assert PeftConfig.from_pretrained(tmp_path).r == 3
+
+
+def test_runtime_options_are_never_saved() -> None:
+    config = fastadapt.LoraConfig()
+    assert "runtime_config" not in json.loads(config.to_json())
