@@ -6,5 +6,9 @@ STABLE_TORCH_LIBRARY(fastadapt_native, m) {
   m.def(
       "nf4_dequant_(Tensor(a!) out, Tensor packed, Tensor absmax, Tensor code, Tensor? nested_absmax, "
       "Tensor? nested_code, Tensor? offset, int blocksize, int nested_blocksize, ScalarType dtype) -> ()");
+  m.def(
+      "nf4_product_(Tensor(a!) y, Tensor x, Tensor packed, Tensor absmax, Tensor code, Tensor? nested_absmax, "
+      "Tensor? nested_code, Tensor? offset, int blocksize, int nested_blocksize, int n, int k, ScalarType dtype, "
+      "bool transposed) -> ()");
   m.def("dropout(Tensor x, Tensor seed, float p, ScalarType out_dtype) -> Tensor");
 }

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// nf4_dequant_: decodes a 4-bit weight into a tensor that is there already. A fresh one costs more in page faults than
-// the decoding does.
+// nf4_dequant_ decodes a 4-bit weight into a tensor that is there already: a fresh one costs more in page faults than the
+// decoding does. nf4_product_ multiplies with it, decoding row by row into cache: for few tokens, where writing the whole
+// decoded weight to memory and reading it again is most of the time.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <vector>
+
 #include "checks.h"
-#include "nf4_avx2.h"
+#include "nf4_product.h"
 
 namespace fastadapt {
 namespace {
@@ -49,27 +52,33 @@ void read_absmax(Nf4& w, const Tensor& absmax, const std::optional<Tensor>& nest
   w.offset = *offset->const_data_ptr<float>();
 }
 
-void nf4_dequant_(const Tensor& out, const Tensor& packed, const Tensor& absmax, const Tensor& code,
-                  const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-                  const std::optional<Tensor>& offset, int64_t blocksize, int64_t nested_blocksize, ScalarType dtype) {
-  const int64_t numel = out.numel();
+Nf4 checked(const Tensor& packed, const Tensor& absmax, const Tensor& code, const std::optional<Tensor>& nested_absmax,
+            const std::optional<Tensor>& nested_code, const std::optional<Tensor>& offset, int64_t blocksize,
+            int64_t nested_blocksize, int64_t numel, ScalarType round, ScalarType out) {
   STD_TORCH_CHECK(blocksize > 0 && blocksize % 2 == 0, "blocksize must be positive and even, got ", blocksize);
-  STD_TORCH_CHECK(is_float_or_half(dtype), "dtype must be float32, bfloat16 or float16, got ", toString(dtype));
-  STD_TORCH_CHECK(is_float_or_half(out.scalar_type()), "out must be float32, bfloat16 or float16, got ",
-                  toString(out.scalar_type()));
-  check_flat(out, "out", out.scalar_type(), numel);
+  STD_TORCH_CHECK(is_float_or_half(round), "dtype must be float32, bfloat16 or float16, got ", toString(round));
   check_flat(packed, "packed", ScalarType::Byte, numel / 2 + numel % 2);
   check_flat(code, "code", ScalarType::Float, 16);
-
   Nf4 w{};
   w.packed = packed.const_data_ptr<uint8_t>();
   w.code = code.const_data_ptr<float>();
   w.numel = numel;
   w.blocksize = blocksize;
   w.nested_blocksize = nested_blocksize;
-  w.round = dtype;
-  w.out = out.scalar_type();
+  w.round = round;
+  w.out = out;
   read_absmax(w, absmax, nested_absmax, nested_code, offset);
+  return w;
+}
+
+void nf4_dequant_(const Tensor& out, const Tensor& packed, const Tensor& absmax, const Tensor& code,
+                  const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                  const std::optional<Tensor>& offset, int64_t blocksize, int64_t nested_blocksize, ScalarType dtype) {
+  STD_TORCH_CHECK(is_float_or_half(out.scalar_type()), "out must be float32, bfloat16 or float16, got ",
+                  toString(out.scalar_type()));
+  check_flat(out, "out", out.scalar_type(), out.numel());
+  const Nf4 w = checked(packed, absmax, code, nested_absmax, nested_code, offset, blocksize, nested_blocksize, out.numel(),
+                        dtype, out.scalar_type());
   if (w.out == ScalarType::Float) {
     decode(w, out.mutable_data_ptr<float>());
   } else {
@@ -77,8 +86,57 @@ void nf4_dequant_(const Tensor& out, const Tensor& packed, const Tensor& absmax,
   }
 }
 
+void nf4_product_(const Tensor& y, const Tensor& x, const Tensor& packed, const Tensor& absmax, const Tensor& code,
+                  const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                  const std::optional<Tensor>& offset, int64_t blocksize, int64_t nested_blocksize, int64_t n, int64_t k,
+                  ScalarType dtype, bool transposed) {
+  STD_TORCH_CHECK(n >= 0 && k >= 0 && x.dim() == 2, "x must be (m, ", transposed ? k : n, "), got ", x.dim(), " dimensions");
+  const int64_t m = x.size(0);
+  STD_TORCH_CHECK(blocksize >= 32 && blocksize % 32 == 0 && k % blocksize == 0,
+                  "blocksize must be a multiple of 32 and divide k, got blocksize ", blocksize, " and k ", k);
+  check_flat(x, "x", ScalarType::Float, m * (transposed ? k : n));
+  check_flat(y, "y", ScalarType::Float, m * (transposed ? n : k));
+  Product p{};
+  p.w = checked(packed, absmax, code, nested_absmax, nested_code, offset, blocksize, nested_blocksize, n * k, dtype,
+                ScalarType::Float);
+  p.x = x.const_data_ptr<float>();
+  p.y = y.mutable_data_ptr<float>();
+  p.m = m;
+  p.n = n;
+  p.k = k;
+  if (m == 0 || n == 0 || k == 0) return;
+  if (transposed) {
+    torch::stable::parallel_for(0, n, std::max<int64_t>(1, kGrain / k), [&](int64_t begin, int64_t end) {
+      std::vector<float> row(k);
+#ifdef FASTADAPT_X86
+      if (has_fma()) return forward_fma(p, begin, end, row.data());
+#endif
+      forward_plain(p, begin, end, row.data());
+    });
+    return;
+  }
+  // a thread owns whole columns of y, so the sums do not depend on how many threads there are
+  const int64_t width = std::max(blocksize, kColumns / blocksize * blocksize);
+  torch::stable::parallel_for(0, (k + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> rows(kRows * std::max(width, kColumns));
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t count = std::min(width, k - c * width);
+#ifdef FASTADAPT_X86
+      if (has_fma()) {
+        backward_fma(p, c * width, count, width, rows.data());
+        continue;
+      }
+#endif
+      backward_plain(p, c * width, count, rows.data());
+    }
+  });
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastadapt_native, CPU, m) { m.impl("nf4_dequant_", TORCH_BOX(&nf4_dequant_)); }
+STABLE_TORCH_LIBRARY_IMPL(fastadapt_native, CPU, m) {
+  m.impl("nf4_dequant_", TORCH_BOX(&nf4_dequant_));
+  m.impl("nf4_product_", TORCH_BOX(&nf4_product_));
+}
 
 }  // namespace fastadapt

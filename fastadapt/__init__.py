@@ -22,9 +22,20 @@ _NAMES = {
     "fastadapt.config": "PeftConfig PeftType TaskType",
     "fastadapt.methods.lora": "LoraConfig LoraRuntimeConfig",
     "fastadapt.methods.ia3": "IA3Config",
+    "fastadapt.methods.adalora": "AdaLoraConfig",
     "fastadapt.methods.lokr": "LoKrConfig",
     "fastadapt.methods.loha": "LoHaConfig",
     "fastadapt.methods.vera": "VeraConfig",
+    "fastadapt.methods.tinylora": "TinyLoraConfig",
+    "fastadapt.methods.unilora": "UniLoraConfig",
+    "fastadapt.methods.pvera": "PveraConfig",
+    "fastadapt.methods.c3a": "C3AConfig",
+    "fastadapt.methods.randlora": "RandLoraConfig",
+    "fastadapt.methods.fourierft": "FourierFTConfig",
+    "fastadapt.methods.vblora": "VBLoRAConfig",
+    "fastadapt.methods.oft": "OFTConfig",
+    "fastadapt.methods.hra": "HRAConfig",
+    "fastadapt.methods.boft": "BOFTConfig",
     "fastadapt.peft_model": (
         "get_peft_model PeftModel PeftModelForCausalLM PeftModelForSeq2SeqLM "
         "PeftModelForSequenceClassification PeftModelForTokenClassification "

@@ -7,6 +7,7 @@ tests holds the one to the other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -86,13 +87,30 @@ class Adapter:
         for what is not saved."""
         return f"{part}.{leaf}" if leaf else part
 
+    def file_forms(self, part: str) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What files hold instead of a part, when that is not the part itself: suffix of its key
+        -> function of the part's tensor."""
+        return {}
+
+    def from_file(self, part: str, forms: dict[str, Tensor]) -> Tensor:
+        """The part's tensor again, from its forms by suffix."""
+        raise NotImplementedError
+
     def rate(self, part: str) -> float:
         """p of the nn.Dropout that is called ``part``; 0 outside training."""
         module = self[part]
         return float(module.p) if isinstance(module, nn.Dropout) and module.training else 0.0
 
-    def on_step(self, step: int) -> None:
-        """Called after optimizer step ``step``, for methods with a schedule."""
+    @classmethod
+    def penalty(cls, config: Any, adapters: dict[str, Any]) -> Tensor | None:
+        """What the method adds to the model's loss; adapters: path -> those of one adapter's name.
+        Asked only of methods that override it."""
+        return None
+
+    @classmethod
+    def on_step(cls, config: Any, adapters: dict[str, Any], step: int) -> None:
+        """After backward of step ``step``, for methods with a schedule (``update_and_allocate``);
+        may change the config, which is saved."""
 
     def attach(self, layer: AdaptedLayer, key: str) -> None:
         """From now on ``layer`` holds the parts, under the adapter's name ``key``."""

@@ -99,7 +99,11 @@ def check(
     unexpected = [k for k in adapter.shapes if k not in known]
     problems += [f"missing: {k}" for k in missing]
     problems += [f"unexpected: {k}{_near(k, expected)}" for k in unexpected]
-    shapes = {k: tuple(slot.tensor.shape) for k, slot in known.items() if k in adapter.shapes}
+    shapes = {
+        k: tuple(slot.filed(slot.tensor.detach()).shape)
+        for k, slot in known.items()
+        if k in adapter.shapes
+    }
     misshapen = [
         f"shape of {k}: expected {shape}, got {adapter.shapes[k]}"
         for k, shape in shapes.items()
@@ -122,9 +126,18 @@ def fill(root: nn.Module, adapter: AdapterFile, name: str) -> None:
     """Copy the tensors of a checked file into the adapter ``name`` of the model."""
     paths = slots.adapted_paths(root)
     places = {**slots.embeddings(root, paths), **slots.existing(root, adapter.config, name)}
+    forms: dict[str, dict[str, Tensor]] = {}
     with torch.no_grad():
         for key, tensor in adapter.held.items():
-            places[key].tensor.copy_(tensor)
+            slot = places[key]
+            part, suffix = slot.form
+            if not part or slot.adapter is None:
+                slot.tensor.copy_(tensor)
+                continue
+            held = forms.setdefault(slot.live, {})
+            held[suffix] = tensor
+            if len(held) == len(slot.adapter.file_forms(part)):
+                slot.tensor.copy_(slot.adapter.from_file(part, held))
     adapter.held = {}
 
 
@@ -152,13 +165,13 @@ def adapter_state_dict(
         # PEFT's rule: with an adapter on an embedding, only embeddings with adapters are saved
         places.update({k: s for k, s in found.items() if not targeted or ".base_layer." in k})
     if state_dict is None:
-        return {k: slot.tensor.detach() for k, slot in places.items()}
+        return {k: slot.filed(slot.tensor.detach()) for k, slot in places.items()}
     gathered = {k.removeprefix("_orig_mod.").removeprefix(slots.PREFIX): v
                 for k, v in state_dict.items()}  # fmt: skip
     absent = [slot.live for slot in places.values() if slot.live not in gathered]
     if absent:
         raise CheckpointError(f"the state dict given lacks {absent[:3]} (of {len(absent)})")
-    return {k: gathered[slot.live].detach() for k, slot in places.items()}
+    return {k: slot.filed(gathered[slot.live].detach()) for k, slot in places.items()}
 
 
 def save(
@@ -226,12 +239,16 @@ def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
 
 def _once(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Without the second and third copy of a bias that PEFT writes for bias="all" when the module
-    is trained whole."""
-    found = dict(shapes)
+    is trained whole, and without a layer's copies of what the file holds for the whole model."""
+    found = {
+        k: v
+        for k, v in shapes.items()
+        if k.count(".") == 1 or f"base_model.{k.rpartition('.')[2]}" not in shapes
+    }
     for key in shapes:
         for extra in (".modules_to_save.bias", ".original_module.bias"):
             if key.endswith(extra) and key.removesuffix(extra) + ".bias" in shapes:
-                del found[key]
+                found.pop(key, None)
     return found
 
 

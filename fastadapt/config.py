@@ -303,12 +303,12 @@ def _fits(value: Any, hint: Any) -> bool:
         listed = isinstance(value, list | tuple | set | frozenset)
         return listed and all(_fits(v, h) for v in value for h in inner)
     if kind is dict:
-        pairs = value.items() if isinstance(value, dict) else [(value, value)]
-        fit = all(_fits(v, h) for pair in pairs for v, h in zip(pair, inner, strict=False))
-        return isinstance(value, dict) and fit
+        return isinstance(value, dict) and all(
+            _fits(v, h) for pair in value.items() for v, h in zip(pair, inner, strict=False)
+        )
     if kind in (int, float):
         return isinstance(value, int | kind) and not isinstance(value, bool)
-    return not isinstance(kind, type) or kind is object or isinstance(value, kind)
+    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
 
 
 def _plain(value: Any) -> Any:

@@ -106,6 +106,12 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     )
 
 
+def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
+    """path -> the adapter of this name there."""
+    layers = ((p, m) for p, m in adapted(model) if isinstance(m, AdaptedLayer))
+    return {p: m.adapters[name] for p, m in layers if name in m.adapters}
+
+
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
     """Set the submodule at ``path``."""
     parent, _, leaf = path.rpartition(".")

@@ -121,6 +121,15 @@ class AdaptedLayer(nn.Module):
         holders = {key: getattr(self, key) for key in self._part_names}
         return {key: holder[name] for key, holder in holders.items() if name in holder}
 
+    def constant_parts(self) -> list[nn.Module | nn.Parameter]:
+        """The parts that never train."""
+        return [
+            part
+            for name, adapter in self.adapters.items()
+            for key, part in self.parts_of(name).items()
+            if key in adapter.constant
+        ]
+
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these active, in this order, and trainable; all others are frozen."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastadapt import checkpoint, inject
+from fastadapt import checkpoint, inject, penalties
+from fastadapt.adapter import Adapter
 from fastadapt.config import AdapterConfig, as_config
 from fastadapt.errors import LifecycleError
 from fastadapt.layer import AdaptedLayer
@@ -61,6 +62,8 @@ class Adapters:
         if made.config.base_model_name_or_path is None:
             made.config.base_model_name_or_path = path or None
         self._configs[name] = made.config
+        if type(next(iter(made.adapters.values()))).penalty.__func__ is not Adapter.penalty.__func__:
+            penalties.attach(root, name, made.config)
         inject.low_precision_warning(root, name)
 
     def _check_new(self, name: str, config: AdapterConfig) -> None:
@@ -174,6 +177,16 @@ class Adapters:
         if left != was and left:
             self.set_adapter(left)
 
+    def update_and_allocate(self, global_step: int) -> None:
+        """Advance methods that have a schedule (AdaLoRA's budget of ranks). Call it in each step
+        after ``loss.backward()`` and before ``zero_grad()``; others ignore it.
+
+        Raises LifecycleError without gradients."""
+        for name in self._active_names():
+            adapters = inject.adapters_of(self.adapter_root, name)
+            for cls in {type(a): None for a in adapters.values()}:
+                cls.on_step(self._configs[name], adapters, global_step)
+
     # merging
 
     def merge_adapter(
@@ -225,10 +238,13 @@ class Adapters:
         return list(names)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all); a 4-bit weight counts the weights it stands for."""
+        """(trainable, all); a 4-bit weight counts the weights it stands for, and constant parts of
+        adapters do not count."""
+        layers = [layer for _, layer in self._adapted() if isinstance(layer, AdaptedLayer)]
+        constant = {id(part) for layer in layers for part in layer.constant_parts()}
         trainable = total = 0
         for parameter in self.parameters():  # type: ignore[attr-defined]
-            count = _count(parameter)
+            count = 0 if id(parameter) in constant else _count(parameter)
             total += count
             trainable += count if parameter.requires_grad else 0
         return trainable, total

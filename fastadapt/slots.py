@@ -22,11 +22,20 @@ EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 class Slot(NamedTuple):
-    """live: the key in the model's own state dict; tensor: the parameter or buffer."""
+    """live: the key in the model's own state dict; tensor: the parameter or buffer; form: the
+    (part, suffix) whose form the file holds, "" for the tensor itself."""
 
     live: str
     tensor: Tensor
     adapter: Adapter | None = None
+    form: tuple[str, str] = ("", "")
+
+    def filed(self, tensor: Tensor) -> Tensor:
+        """What a file holds of ``tensor``, the slot's own or its gathered copy."""
+        part, suffix = self.form
+        if self.adapter is None or not part:
+            return tensor
+        return self.adapter.file_forms(part)[suffix](tensor)
 
 
 def planned(root: nn.Module, made: inject.Plan) -> dict[str, Slot]:
@@ -111,9 +120,15 @@ def _of_part(
         tensors = module.state_dict(keep_vars=True)
     for leaf, tensor in tensors.items():
         key = adapter.file_key(part, leaf)
-        if key is not None:
-            full = f"base_model.{key[1:]}" if key.startswith("/") else PREFIX + f"{path}.{key}"
-            yield full, Slot(f"{live}.{leaf}" if leaf else live, tensor, adapter)
+        if key is None:
+            continue
+        full = f"base_model.{key[1:]}" if key.startswith("/") else PREFIX + f"{path}.{key}"
+        where = f"{live}.{leaf}" if leaf else live
+        forms = adapter.file_forms(part)
+        for suffix in forms:
+            yield full + suffix, Slot(where, tensor, adapter, (part, suffix))
+        if not forms:
+            yield full, Slot(where, tensor, adapter)
 
 
 def _biases(

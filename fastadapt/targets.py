@@ -187,8 +187,8 @@ def _timed(match: Callable[..., Any], pattern: str, path: str, seconds: float) -
         return match(pattern, path, timeout=seconds)
     except TimeoutError as error:
         raise TargetError(
-            f"the pattern {pattern!r} took more than {PATTERN_SECONDS} s on the module names: "
-            "simplify nested repetitions, or give names instead"
+            f"the pattern {pattern!r} takes too long on the module names: simplify nested "
+            "repetitions, or give names instead"
         ) from error
     except regex.error as error:
         raise TargetError(f"{pattern!r} is not a regular expression: {error}") from error
@@ -196,8 +196,10 @@ def _timed(match: Callable[..., Any], pattern: str, path: str, seconds: float) -
 
 def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
     """The value of the first key of a rank or alpha pattern that matches the end of ``path``."""
+    # called for every module, so one call gets a small part of the time
+    deadline = time.monotonic() + PATTERN_SECONDS / 10
     for key, value in patterns.items():
-        if _timed(regex.match, rf"(.*\.)?({key})$", path, PATTERN_SECONDS):
+        if _timed(regex.match, rf"(.*\.)?({key})$", path, deadline - time.monotonic()):
             return value
     return default
 

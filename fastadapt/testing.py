@@ -60,9 +60,9 @@ def check(
 
 
 def as_float64(plain: Tensor, oracle: Tensor) -> Tensor:
-    """What plain PyTorch would give in float64, had the oracle no error of its own: the error of
-    ``plain``, a float32 result, by the ratio of the two roundings."""
-    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    """A stand-in for plain PyTorch in float64, which is the oracle itself: the error of ``plain``,
+    a float32 result, by the ratio of the roundings, and half again because the oracle errs too."""
+    ratio = 1.5 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     return oracle.detach() + (plain.detach().double() - oracle.detach()) * ratio
 
 
@@ -177,7 +177,8 @@ def quantised(w: Tensor, kind: str = "nf4", *, nested: bool = True, blocksize: i
 
 def moved(bits: Bits, device: str) -> Bits:
     """The same bits on another device."""
-    return type(bits)(*(v.to(device) if isinstance(v, Tensor) else v for v in bits))
+    values: Any = [v.to(device) if isinstance(v, Tensor) else v for v in bits]
+    return type(bits)(*values)
 
 
 def decoded(bits: Bits) -> Tensor:
@@ -204,13 +205,19 @@ def decoded(bits: Bits) -> Tensor:
 # tiny layers of every format and kind
 
 FORMATS = ("dense32", "dense16", "bnb4", "fp4", "bnb8")
-KINDS = ("linear", "linear_nobias", "conv1d", "embedding")
-N, K = 48, 64
+KINDS = ("linear", "linear_nobias", "conv1d_gpt2", "embedding", "conv2d", "conv2d_grouped")
+N, K, CHANNELS = 48, 64, 8
+
+
+def exists(fmt: str, kind: str) -> bool:
+    """Whether the library serves this format on this kind; ``base_layer`` makes the others too."""
+    return fmt.startswith("dense") or kind in ("linear", "linear_nobias")
 
 
 def base_layer(fmt: str, kind: str, seed: int = 0) -> nn.Module:
-    """A frozen layer, W: (48, 64) in (out, in). Cells that nobody's loader makes (a 4-bit Conv1D)
-    are put together by hand, so that what the library says of them can be tested."""
+    """A frozen layer, W: (48, 64), a convolution's (48, 8, 3, 3), in (out, in, *kernel). Cells that
+    nobody's loader makes (a 4-bit Conv1D) are put together by hand, so that what the library says
+    of them can be tested."""
     from transformers.pytorch_utils import Conv1D
 
     g = torch.Generator().manual_seed(seed)
@@ -218,8 +225,12 @@ def base_layer(fmt: str, kind: str, seed: int = 0) -> nn.Module:
     layer: Any
     if kind == "embedding":
         layer, w = _embedding(fmt), w.t()
-    elif kind == "conv1d":
+    elif kind == "conv1d_gpt2":
         layer, w = Conv1D(N, K), w.t()
+    elif kind.startswith("conv2d"):
+        groups = 2 if kind == "conv2d_grouped" else 1
+        layer = nn.Conv2d(CHANNELS, N, 3, padding=1, stride=2, groups=groups)
+        w = torch.randn(layer.weight.shape, generator=g) / K**0.5
     else:
         layer = _linear(fmt, bias=kind == "linear")
     if getattr(layer, "bias", None) is not None:
@@ -234,11 +245,13 @@ def dtype_of(fmt: str) -> torch.dtype:
 
 
 def layer_input(fmt: str, kind: str, *shape: int, seed: int = 0) -> Tensor:
-    """(*shape, 64), or token ids (*shape) for an embedding."""
+    """(*shape, 64); token ids (*shape) for an embedding, images (shape[0], 8, 5, 5) for a
+    convolution."""
     g = torch.Generator().manual_seed(seed)
     if kind == "embedding":
         return torch.randint(0, K, shape, generator=g)
-    return torch.randn(*shape, K, generator=g).to(dtype_of(fmt))
+    full = (shape[0], CHANNELS, 5, 5) if kind.startswith("conv2d") else (*shape, K)
+    return torch.randn(full, generator=g).to(dtype_of(fmt))
 
 
 # every method
@@ -251,8 +264,24 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "lora_bias": {"r": 4, "lora_alpha": 6, "lora_bias": True},
         "lora_gaussian": {"r": 4, "lora_alpha": 6, "init_lora_weights": "gaussian"},
     },
-}
+    "VERA": {"vera": {"r": 8}},
+    "IA3": {
+        "ia3": {"feedforward_modules": []}, "ia3_input": {"feedforward_modules": ["layer"]},
+    },
+    "LOHA": {"loha": {"r": 4, "alpha": 6}},
+    "LOKR": {
+        "lokr": {"r": 2, "alpha": 3}, "lokr_full": {"r": 64, "alpha": 32},
+        "lokr_both": {"r": 2, "alpha": 3, "decompose_both": True},
+    },
+    "OFT": {
+        "oft": {"oft_block_size": 8}, "oft_shared": {"oft_block_size": 8, "block_share": True},
+        "oft_exact": {"oft_block_size": 8, "use_cayley_neumann": False},
+    },
+}  # fmt: skip
 """peft_type -> name -> fields, for methods that one default configuration does not cover."""
+
+IMPOSSIBLE = {("lora_bias", "embedding")}
+"""(method case, kind) that raise UnsupportedError."""
 
 METHOD_CASES: dict[str, dict[str, Any]] = {
     name: {"peft_type": peft_type, "target_modules": ["layer"], **fields}
@@ -293,22 +322,23 @@ def adapted(layer: nn.Module, *configs: AdapterConfig, start: bool = False) -> A
 
 
 def move(layer: AdaptedLayer, seed: int = 1) -> None:
-    """Add N(0, 0.1) to each adapter parameter: none is at its start, none is zero."""
+    """Add N(0, 0.1) to each trained parameter: none is at its start, none is zero."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in adapter_parameters(layer):
-            parameter.add_(torch.randn(parameter.shape, generator=g).to(parameter), alpha=0.1)
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=g).to(parameter), alpha=0.1)
 
 
 def adapter_parameters(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """(name, parameter) of everything but the base layer."""
-    return [(k, p) for k, p in layer.named_parameters() if "base_layer." not in k]
+    return [(k, p) for k, p in layer.named_parameters() if "base_layer" not in k.split(".")]
 
 
 @contextmanager
 def in_float64(layer: AdaptedLayer) -> Iterator[None]:
     """Adapter parameters as float64 inside the ``with``."""
-    held = [(p, p.data) for _, p in adapter_parameters(layer)]
+    held = [(p, p.data) for _, p in adapter_parameters(layer) if p.is_floating_point()]
     try:
         for parameter, data in held:
             parameter.data = data.double()

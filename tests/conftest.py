@@ -36,6 +36,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """The tensors are tiny: threads only wait for each other, seconds long on a busy machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def chat_tokenizer() -> Any:
     """A byte-level tokenizer: one token a byte, and ChatML's three special tokens."""

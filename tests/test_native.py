@@ -196,6 +196,67 @@ def test_nf4_refuses_what_does_not_fit(field: str, value: object, message: str) 
         native.nf4_dequant_(**{**args, field: value})
 
 
+# nf4_product_ --------------------------------------------------------------------------------
+
+
+@needs_native
+@pytest.mark.native
+@pytest.mark.parametrize("transposed", [True, False], ids=["xWt", "xW"])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 4, 17])
+@pytest.mark.parametrize(
+    ("n", "k", "blocksize"), [(5, 64, 64), (37, 192, 64), (9, 1024, 128), (130, 640, 32)]
+)
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+def test_nf4_product_is_within_the_bound_of_a_dot_product(
+    n: int, k: int, blocksize: int, nested: bool, tokens: int, transposed: bool
+) -> None:
+    bits = quantised(n * k, blocksize, nested=nested, seed=n)
+    w = decoded(bits, n * k, torch.bfloat16, torch.float32).view(n, k)
+    w = w.t() if transposed else w
+    g = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, w.shape[0], generator=g)
+    start = torch.randn(tokens, w.shape[1], generator=g)
+    y = start.clone()
+    native.nf4_product_(y, x, *bits, n, k, torch.bfloat16, transposed)
+    exact = start.double() + x.double() @ w.double()
+    terms = w.shape[0] + 1
+    bound = terms * 2**-24 * (start.abs().double() + x.abs().double() @ w.abs().double())
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+@needs_native
+@pytest.mark.native
+def test_nf4_product_does_not_depend_on_the_number_of_threads() -> None:
+    bits = quantised(512 * 2048, 64, nested=True)
+    x, g = torch.randn(4, 2048), torch.randn(4, 512)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        y, dx = torch.zeros(4, 512), torch.zeros(4, 2048)
+        native.nf4_product_(y, x, *bits, 512, 2048, torch.bfloat16, True)
+        native.nf4_product_(dx, g, *bits, 512, 2048, torch.bfloat16, False)
+        results.append((y, dx))
+    torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        assert_same_bits(one, two)
+
+
+@needs_native
+@pytest.mark.native
+def test_nf4_product_refuses_what_does_not_fit() -> None:
+    bits = quantised(4 * 96, 64, nested=False)
+    with pytest.raises(RuntimeError, match="divide k"):
+        native.nf4_product_(
+            torch.zeros(1, 4), torch.zeros(1, 96), *bits, 4, 96, torch.float32, True
+        )
+    bits = quantised(4 * 64, 64, nested=False)
+    with pytest.raises(RuntimeError, match="x must have 64"):
+        native.nf4_product_(
+            torch.zeros(1, 4), torch.zeros(1, 60), *bits, 4, 64, torch.float32, True
+        )
+
+
 # dropout -------------------------------------------------------------------------------------
 
 

@@ -398,18 +398,21 @@ def test_dpo(door: str, chat_model: Path, chat_tokenizer: Any, tmp_path: Path) -
 
 # DDP -------------------------------------------------------------------------------------------
 
+CASES = [("patch", "fp32"), ("patch", "nf4"), ("wrapper", "nf4")]
 DDP = """
-import os, sys
+import sys
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tests import test_trainer, tiny
+from tests import test_trainer
 
-rank, folder, door, fmt = int(sys.argv[1]), *sys.argv[2:]
+rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
-model = test_trainer.adapted(door, fmt)  # first: in a group only rank 0 would save its base
+# before there is a group: in one, transformers saves the tiny base on rank 0 only
+models = {"-".join(case): test_trainer.adapted(*case) for case in test_trainer.CASES}
 dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-ddp = DistributedDataParallel(model)
-torch.save(test_trainer.three_steps(ddp, rank), f"{folder}/{rank}.pt")
+for name, model in models.items():
+    after = test_trainer.three_steps(DistributedDataParallel(model), rank)
+    torch.save(after, f"{folder}/{name}-{rank}.pt")
 dist.destroy_process_group()
 """
 
@@ -428,16 +431,16 @@ def three_steps(model: Any, half: int | None = None) -> dict[str, Tensor]:
     return adapter(model)
 
 
-@pytest.mark.slow
-@pytest.mark.parity
-@pytest.mark.parametrize(("door", "fmt"), [("patch", "fp32"), ("patch", "nf4"), ("wrapper", "nf4")])
-def test_two_processes_train_as_one(door: str, fmt: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder where two processes left the adapters that each trained."""
+    folder = tmp_path_factory.mktemp("ddp")
     root = Path(__file__).resolve().parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo"}
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", DDP, str(rank), str(tmp_path), door, fmt], env=environment,
-            cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [sys.executable, "-c", DDP, str(rank), str(folder)], env=environment, cwd=root,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
     ]  # fmt: skip
@@ -447,7 +450,14 @@ def test_two_processes_train_as_one(door: str, fmt: str, tmp_path: Path) -> None
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+@pytest.mark.parametrize(("door", "fmt"), CASES)
+def test_two_processes_train_as_one(door: str, fmt: str, two_processes: Path) -> None:
+    first, second = (torch.load(two_processes / f"{door}-{fmt}-{i}.pt") for i in range(2))
     assert_equal(first, second)
     exact = three_steps(in_float64(adapted("peft", fmt)))
     assert_within_budget(first, three_steps(adapted("peft", fmt)), exact)

@@ -15,9 +15,20 @@ if TYPE_CHECKING:
 METHODS = {
     "LORA": "lora:Lora",
     "VERA": "vera:Vera",
+    "TINYLORA": "tinylora:TinyLora",
+    "UNILORA": "unilora:UniLora",
+    "PVERA": "pvera:Pvera",
+    "C3A": "c3a:C3A",
+    "RANDLORA": "randlora:RandLora",
+    "FOURIERFT": "fourierft:FourierFT",
+    "VBLORA": "vblora:VBLoRA",
     "IA3": "ia3:IA3",
+    "ADALORA": "adalora:AdaLora",
     "LOKR": "lokr:LoKr",
     "LOHA": "loha:LoHa",
+    "OFT": "oft:OFT",
+    "HRA": "hra:HRA",
+    "BOFT": "boft:BOFT",
 }
 """PEFT's type -> module of this package : class."""
 

@@ -17,28 +17,37 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.base import Base
+from fastadapt.errors import UnsupportedError
 from fastadapt.methods.lora import Lora
 
 
 class Magnitude(nn.Module):
     """Holds m as ``weight``, where PEFT has it."""
 
-    def __init__(self, out: int) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(out))
+        self.weight = nn.Parameter(torch.ones(*shape))
 
 
 class Dora(Lora):
     name = "dora"
 
     def build(self, base: Base, shared: Any) -> None:
+        if base.groups > 1:
+            raise UnsupportedError(
+                "use_dora=True on a convolution with groups: the update of its low-rank pair is not "
+                "a weight of the layer's shape, so that W + s B A has no rows to take the norm of"
+            )
         super().build(base, shared)
-        self.parts["lora_magnitude_vector"] = Magnitude(base.shape[0])
+        out, _, *kernel = base.shape
+        # PEFT's m of a convolution is (1, out, 1, ..)
+        shape = (1, out, *[1] * len(kernel)) if kernel else (out,)
+        self.parts["lora_magnitude_vector"] = Magnitude(*shape)
 
     def start(self, base: Base) -> None:
         m = self["lora_magnitude_vector"].weight
         with torch.no_grad():
-            m.copy_(base.row_norm(*self.pair(), self["scaling"]))
+            m.copy_(base.row_norm(*self.pair(), self["scaling"]).view_as(m))
 
     def file_key(self, part: str, leaf: str) -> str | None:
         # PEFT's files hold m as a plain tensor, though its model holds a module
@@ -55,13 +64,13 @@ class Dora(Lora):
         bias = base.bias
         kept = base.drop(x, self.rate("lora_dropout"))
         y = base.low_rank(kept, a, b, scale)
-        pure = y if bias is None else y - bias.to(y.dtype)
-        rest = bias if kept is x else base(x - kept)
+        pure = y if bias is None else y - base.channels(bias).to(y.dtype)
+        rest = base(x - kept) if kept is not x else None if bias is None else base.channels(bias)
         scaled = pure * base.channels(factor)
         return (scaled if rest is None else scaled + rest.to(scaled.dtype)).to(y.dtype)
 
     def _factor(self, norm: Tensor) -> Tensor:
         """m / norm; 1 for a row that is all zero, whose direction is not defined (PEFT: NaN)."""
-        m: Tensor = self["lora_magnitude_vector"].weight
+        m: Tensor = self["lora_magnitude_vector"].weight.flatten()
         safe = torch.where(norm > 0, norm, torch.ones_like(norm)).to(m.dtype)
         return torch.where(norm > 0, m / safe, torch.ones_like(m))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -70,6 +71,9 @@ class LoKr(Lycoris):
         else:
             self._two = "pair"
             parts["lokr_w2_a"], parts["lokr_w2_b"] = empty(b, r), empty(r, d * size)
+        # PEFT multiplies a conv1d's full W2 axis by axis from the right, (1, a, c) (x) (b, d, kernel),
+        # and calls the result (out, in, kernel); its files mean that
+        self._scrambled = self._two == "full" and len(kernel) == 1
         self._one = "full" if "lokr_w1" in parts else "pair"
         zero = ""
         if config.init_weights is True:
@@ -104,24 +108,27 @@ class LoKr(Lycoris):
     def delta(self) -> Tensor:
         one, two = self.factors()
         scale: float = self["scaling"]
-        kron = one[:, None, :, None, None] * two.flatten(2)[None, :, None]
+        if self._scrambled:
+            return torch.kron(one.unsqueeze(0), two).reshape(self["shape"]) * scale
+        b, d = two.shape[:2]
+        kron = one[:, None, :, None, None] * two.reshape(b, d, -1)[None, :, None]
         return kron.reshape(self["shape"]) * scale
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        if base.indexed or base.groups > 1:
+        if base.indexed or base.groups > 1 or self._scrambled:
             return self.dense(x, base)
         y, work = base(x), compute_dtype(x)
         one, two = self.factors()
         one, two = (one * self["scaling"]).to(work), two.to(work)
         a, _, c, d = self["pieces"]
         if len(base.shape) == 2:
-            pieces = F.linear(x.to(work).view(*x.shape[:-1], c, d), two)
+            pieces = F.linear(x.to(work).reshape(*x.shape[:-1], c, d), two)
             extra = F.linear(pieces.transpose(-1, -2), one).transpose(-1, -2).flatten(-2)
         else:
             axis = x.dim() - len(base.shape) + 1
             pieces = base.apply(x.to(work).unflatten(axis, (c, d)).flatten(0, axis), two)
-            pieces = pieces.view(*x.shape[:axis], c, -1)
-            extra = (one @ pieces).view(*x.shape[:axis], self.out, *y.shape[axis + 1 :])
+            pieces = pieces.reshape(*x.shape[:axis], c, -1)
+            extra = (one @ pieces).reshape(*x.shape[:axis], self.out, *y.shape[axis + 1 :])
         kept = self.keep(one)
         return y + (extra if kept is None else extra * base.channels(kept)).to(y.dtype)
 

@@ -169,7 +169,13 @@ class Lora(DeltaAdapter):
 
     def delta(self) -> Tensor:
         scale: float = self["scaling"]
-        return compose(*self.pair()) * scale
+        a, b = self.pair()
+        if b.shape[1] != a.shape[0]:
+            raise UnsupportedError(
+                "LoRA on a convolution with groups cannot be merged: its A sees every input channel, "
+                "so that B A is not a weight of the layer's shape"
+            )
+        return compose(a, b) * scale
 
     def merged(self, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         w, bias = super().merged(w, bias)

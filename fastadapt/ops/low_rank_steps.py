@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastadapt.ops import scratch
+from fastadapt.ops import native, scratch
 from fastadapt.ops.bits import Bits, Dense, Nf4
 from fastadapt.ops.dropout import dropout_native, dropout_reference
 from fastadapt.ops.nf4 import nf4_dequant_into, nf4_dequant_reference
@@ -42,9 +42,7 @@ def _decoded_product(decode: Decode) -> Callable[..., Tensor]:
     """y + x W^T around a decoder: (bits, compute, math) -> W (n, k), rounded to ``compute`` and
     held in ``math``."""
 
-    def product(
-        y: Tensor, x: Tensor, bits: Bits, compute: torch.dtype, transposed: bool
-    ) -> Tensor:
+    def product(y: Tensor, x: Tensor, bits: Bits, compute: torch.dtype, transposed: bool) -> Tensor:
         math = product_dtype(compute, x.device)
         w = decode(bits, compute, math)
         w = w.t() if transposed else w
@@ -61,9 +59,7 @@ def _plain(decode: Decode, drop: Callable[..., Tensor]) -> Steps:
     def dropped(x: Tensor, p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
         return x.to(dtype) if seed is None else drop(x, seed, p, dtype)
 
-    def down(
-        x: Tensor, a: Tensor, p: float, seed: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
+    def down(x: Tensor, a: Tensor, p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
         return dropped(x, p, seed, dtype) @ a.to(dtype).t()
 
     def up_grad(g: Tensor, u: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -98,6 +94,30 @@ def _decode_native(bits: Bits, compute: torch.dtype, math: torch.dtype) -> Tenso
     return _decode(bits, compute, math)
 
 
+FEW_TOKENS = 16
+"""Up to here decoding row by row into cache wins over decoding to memory and calling a GEMM:
+4096 x 4096 in fp32 on 2 AVX2 cores, forward: 3.5 ms against 32 at 1 token, 42 against 79 at 16,
+112 against 117 at 32."""
+
+
+def _native_product(
+    y: Tensor, x: Tensor, bits: Bits, compute: torch.dtype, transposed: bool
+) -> Tensor:
+    if (
+        isinstance(bits, Nf4)
+        and 0 < x.shape[0] <= FEW_TOKENS
+        and bits.dtype in (compute, torch.float32)
+        and bits.blocksize % 32 == 0
+        and bits.k % bits.blocksize == 0
+    ):
+        total = y.float().contiguous()
+        native.nf4_product_(
+            total, x.float().contiguous(), *bits._replace(dtype=compute), transposed
+        )
+        return total.to(y.dtype)
+    return _native_decoded(y, x, bits, compute, transposed)
+
+
 @cache
 def triton_steps() -> Steps:
     kernels = import_module("fastadapt.kernels.low_rank")
@@ -114,9 +134,7 @@ def triton_steps() -> Steps:
     gemm = import_module("fastadapt.kernels.nf4_gemm")
     decoded_product = _decoded_product(decode)
 
-    def product(
-        y: Tensor, x: Tensor, bits: Bits, compute: torch.dtype, transposed: bool
-    ) -> Tensor:
+    def product(y: Tensor, x: Tensor, bits: Bits, compute: torch.dtype, transposed: bool) -> Tensor:
         few = isinstance(bits, Nf4) and gemm.serves(x.shape[0], bits.k, bits.blocksize, compute)
         if few and bits.dtype in (compute, torch.float32):
             added: Tensor = gemm.add_product(y, x.to(compute), *bits, transposed=transposed)
@@ -136,5 +154,6 @@ def triton_steps() -> Steps:
     return Steps(_decoded_product(decode), down, kernels.up_grad, down_grad, kernels.input_grad)
 
 
+_native_decoded = _decoded_product(_decode_native)
 REFERENCE = _plain(_decode, dropout_reference)
-NATIVE = _plain(_decode_native, dropout_native)
+NATIVE = _plain(_decode_native, dropout_native)._replace(product=_native_product)

@@ -66,6 +66,35 @@ def nf4_dequant_(
     )  # fmt: skip
 
 
+def nf4_product_(
+    y: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    nested_blocksize: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    transposed: bool,
+) -> None:
+    """y += x W^T (``transposed``) or y += x W, W (n, k) decoded row by row into cache.
+
+    x: (m, k) or (m, n)  y: (m, n) or (m, k), both float32 and contiguous; k % blocksize == 0.
+    fp32 accumulation; the result does not depend on the number of threads. Raises KernelError
+    without the extension, RuntimeError for tensors that do not fit.
+    """
+    _require()
+    torch.ops.fastadapt_native.nf4_product_(
+        y, x, packed, absmax, code, nested_absmax, nested_code, offset,
+        blocksize, nested_blocksize, n, k, dtype, transposed,
+    )  # fmt: skip
+
+
 def dropout(x: Tensor, seed: Tensor, p: float, out_dtype: torch.dtype) -> Tensor:
     """y = x * (keep ? 1 / (1 - p) : 0), rounded once to ``out_dtype``; a new contiguous tensor.
 

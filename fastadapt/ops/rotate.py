@@ -50,11 +50,11 @@ def cayley(q: Tensor, terms: int | None = None) -> Tensor:
         return torch.zeros_like(q)
     if terms == 2:
         return 2 * q
-    # Q^2, 2 Q^2 + Q^3 .. by Horner's rule, from the last power down
-    inner = q
-    for _ in range(max(terms - 3, 0)):
-        inner = torch.baddbmm(q, q, inner, beta=2)
-    return torch.baddbmm(q, q, inner, beta=2) if terms > 3 else 2 * q + 2 * q @ q + q @ q @ q
+    # Horner's rule; PEFT's series has a third power however short it is asked to be
+    series = q
+    for _ in range(max(terms, 4) - 2):
+        series = torch.baddbmm(q, q, series, beta=2)
+    return series
 
 
 class RotateFunction(torch.autograd.Function):

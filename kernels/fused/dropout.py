@@ -11,7 +11,7 @@ from torch import Tensor
 from .launch import why_not_here
 from .philox import keep_lanes
 
-_BLOCK = 2048
+LAUNCH = {"BLOCK": 2048, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -31,8 +31,8 @@ def dropout(x: Tensor, seed: Tensor, p: float, out_dtype: torch.dtype) -> Tensor
     y = torch.empty_like(x, dtype=out_dtype)
     threshold = round(p * 65536)
     if x.numel():
-        dropout_fwd_kernel[(triton.cdiv(x.numel(), _BLOCK),)](
-            x, seed, y, x.numel(), threshold, 65536 / (65536 - threshold), BLOCK=_BLOCK
+        dropout_fwd_kernel[(triton.cdiv(x.numel(), LAUNCH["BLOCK"]),)](
+            x, seed, y, x.numel(), threshold, 65536 / (65536 - threshold), **LAUNCH
         )
     return y
 

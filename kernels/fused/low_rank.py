@@ -18,8 +18,7 @@ from torch import Tensor
 
 from .launch import splits, why_not_here
 from .philox import keep_tile
-
-_ROWS, _COLUMNS = 64, 64
+from .tiles import INPUT_GRAD, rank_block, tile
 
 
 @triton.jit
@@ -114,18 +113,21 @@ def down_grad_kernel(x, du, seed, parts, m, k, r, stride_x, threshold, scale, de
 @triton.jit
 def input_grad_kernel(du, a, seed, dx, m, k, r, threshold, scale,
                       DROP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                      RANK: tl.constexpr):  # fmt: skip
-    """dx = drop'(du A); grid (row blocks, column blocks)."""
+                      RANKS: tl.constexpr):  # fmt: skip
+    """dx = drop'(du A), RANKS of the r products at a time; grid (row blocks, column blocks)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS
     columns = column + tl.arange(0, COLUMNS)
-    ranks = tl.arange(0, RANK)
-    here, inside, used = (rows < m)[:, None], (columns < k)[None, :], ranks < r
-    grad = tl.load(du + rows.to(tl.int64)[:, None] * r + ranks[None, :],
-                   mask=here & used[None, :], other=0.0)  # fmt: skip
-    w = tl.load(a + ranks[:, None] * k + columns[None, :],
-                mask=used[:, None] & inside, other=0.0)  # fmt: skip
-    value = tl.dot(grad, w, input_precision="ieee")
+    here, inside = (rows < m)[:, None], (columns < k)[None, :]
+    value = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, r, RANKS):
+        ranks = first + tl.arange(0, RANKS)
+        used = ranks < r
+        grad = tl.load(du + rows.to(tl.int64)[:, None] * r + ranks[None, :],
+                       mask=here & used[None, :], other=0.0)  # fmt: skip
+        w = tl.load(a + ranks[:, None] * k + columns[None, :],
+                    mask=used[:, None] & inside, other=0.0)  # fmt: skip
+        value = tl.dot(grad, w, value, input_precision="ieee")
     if DROP:
         keep = keep_tile(tl.load(seed), rows, column, k, threshold, ROWS, COLUMNS)
         value = value * tl.where(keep, scale, 0.0)
@@ -139,12 +141,13 @@ def down(x: Tensor, a: Tensor, p: float, seed: Tensor | None, dtype: torch.dtype
     if m == 0 or k == 0:
         return torch.zeros((m, r), dtype=dtype, device=x.device)
     x, a = _rowwise(x), a.to(x.dtype).contiguous()
-    tiles, steps = triton.cdiv(m, _ROWS), triton.cdiv(k, _COLUMNS)
+    size = tile("down", r, x.itemsize)
+    tiles, steps = triton.cdiv(m, size.rows), triton.cdiv(k, size.columns)
     depth = triton.cdiv(steps, splits(tiles, steps, x.device))
     parts = x.new_empty((triton.cdiv(steps, depth), m, r), dtype=torch.float32)
     down_kernel[(tiles, parts.shape[0])](
         x, a, x if seed is None else seed, parts, m, k, r, x.stride(0), *_threshold(p), depth,
-        DROP=seed is not None, ROWS=_ROWS, COLUMNS=_COLUMNS, RANK=_rank(r),
+        DROP=seed is not None, RANK=rank_block(r), **size.launch(),
     )  # fmt: skip
     return _summed(parts, dtype)
 
@@ -156,13 +159,14 @@ def up_grad(g: Tensor, u: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tens
         return g.new_zeros((m, r)), b.new_zeros((n, r))
     g, u = _rowwise(g), u.to(g.dtype).contiguous()
     w = (b * scale).to(g.dtype).contiguous()
-    tiles, steps = triton.cdiv(n, _COLUMNS), triton.cdiv(m, _ROWS)
+    size = tile("up_grad", r, g.itemsize)
+    tiles, steps = triton.cdiv(n, size.columns), triton.cdiv(m, size.rows)
     depth = triton.cdiv(steps, splits(tiles, steps, g.device))
     du_parts = g.new_empty((tiles, m, r), dtype=torch.float32)
     db_parts = g.new_empty((triton.cdiv(steps, depth), n, r), dtype=torch.float32)
     up_grad_kernel[(tiles, db_parts.shape[0])](
         g, u, w, du_parts, db_parts, m, n, r, g.stride(0), depth,
-        ROWS=_ROWS, COLUMNS=_COLUMNS, RANK=_rank(r),
+        RANK=rank_block(r), **size.launch(),
     )  # fmt: skip
     return _summed(du_parts, g.dtype), _summed(db_parts, torch.float32).mul_(scale).to(b.dtype)
 
@@ -175,12 +179,13 @@ def down_grad(
     if m == 0 or k == 0:
         return torch.zeros((r, k), dtype=dtype, device=x.device)
     x, du = _rowwise(x), du.to(x.dtype).contiguous()
-    tiles, steps = triton.cdiv(k, _COLUMNS), triton.cdiv(m, _ROWS)
+    size = tile("down_grad", r, x.itemsize)
+    tiles, steps = triton.cdiv(k, size.columns), triton.cdiv(m, size.rows)
     depth = triton.cdiv(steps, splits(tiles, steps, x.device))
     parts = x.new_empty((triton.cdiv(steps, depth), r, k), dtype=torch.float32)
     down_grad_kernel[(tiles, parts.shape[0])](
         x, du, x if seed is None else seed, parts, m, k, r, x.stride(0), *_threshold(p), depth,
-        DROP=seed is not None, ROWS=_ROWS, COLUMNS=_COLUMNS, RANK=_rank(r),
+        DROP=seed is not None, RANK=rank_block(r), **size.launch(),
     )  # fmt: skip
     return _summed(parts, dtype)
 
@@ -190,10 +195,12 @@ def input_grad(du: Tensor, a: Tensor, p: float, seed: Tensor | None) -> Tensor:
     (m, r), k = du.shape, a.shape[1]
     dx = du.new_empty((m, k))
     if dx.numel():
-        grid = (triton.cdiv(m, _ROWS), triton.cdiv(k, _COLUMNS))
+        size, step = INPUT_GRAD[du.itemsize]
+        grid = (triton.cdiv(m, size.rows), triton.cdiv(k, size.columns))
         input_grad_kernel[grid](
             du.contiguous(), a.to(du.dtype).contiguous(), du if seed is None else seed, dx, m, k,
-            r, *_threshold(p), DROP=seed is not None, ROWS=_ROWS, COLUMNS=_COLUMNS, RANK=_rank(r),
+            r, *_threshold(p), DROP=seed is not None, RANKS=min(step, rank_block(r)),
+            **size.launch(),
         )  # fmt: skip
     return dx
 
@@ -207,11 +214,6 @@ def why_not(device: torch.device, k: int, r: int, dtype: torch.dtype, drops: boo
     if drops and k % 8:
         return f"k={k} is not a multiple of 8, the lanes of a dropout mask"
     return why_not_here(device)
-
-
-def _rank(r: int) -> int:
-    """tl.dot takes powers of two from 16 on."""
-    return max(16, triton.next_power_of_2(r))
 
 
 def _rowwise(x: Tensor) -> Tensor:

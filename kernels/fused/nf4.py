@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode a 4-bit weight, nested absmax included, in one kernel; bit for bit bitsandbytes' values.
 
-A 16-entry table lives in registers and is read by ``tl.gather`` (8.0 instructions an element on
-sm_90, a tree of selects takes 17). The scale of an absmax is rounded before the offset is added,
-so multiply-add fusion is off.
+A 16-entry table is read by ``tl.gather``; bytes are loaded four at a time where they are whole
+words, and a scale once for its block. bench/results/aot/table.json has the instructions an element
+takes. The scale of an absmax is rounded before the offset is added, so multiply-add fusion is off.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from .launch import why_not_here
 
-_BLOCK = 1024
+TILE = 8192
+"""Elements a program decodes."""
+LAUNCH = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -23,40 +25,68 @@ def scale_of(
     block, inside, absmax, nested_absmax, nested_code, offset,
     NESTED_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The fp32 scale of the quantisation block ``block``."""
+    """The fp32 scale of the quantisation block ``block``; anything where it is not ``inside``."""
     if NESTED_BLOCK == 0:
-        return tl.load(absmax + block, mask=inside, other=0.0)
-    index = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
-    coarse = tl.load(nested_absmax + block // NESTED_BLOCK, mask=inside, other=0.0)
+        return tl.load(absmax + block, mask=inside)
+    index = tl.load(absmax + block, mask=inside).to(tl.int32)
+    coarse = tl.load(nested_absmax + block // NESTED_BLOCK, mask=inside)
     return tl.load(nested_code + index) * coarse + tl.load(offset)
 
 
 @triton.jit
-def decode_bytes(byte, table):
-    """byte: int32 (..., B) -> fp32 (..., 2 B): the even element is in the high nibble."""
-    flat = tl.reshape(byte, (byte.numel,))
-    high = tl.reshape(tl.gather(table, flat >> 4, 0), byte.shape)
-    low = tl.reshape(tl.gather(table, flat & 15, 0), byte.shape)
-    return high, low
+def decode(packed, table):
+    """packed: (R, B), uint8 or int32 of four bytes -> fp32 (R, 2 B or 8 B), without the scale.
+
+    The even element is in the high nibble. One gather for all: each writes the table to shared
+    memory and waits for it."""
+    if packed.dtype == tl.uint8:
+        byte = packed.to(tl.int32)
+    else:
+        half = tl.interleave(packed, packed >> 16)
+        byte = tl.interleave(half, half >> 8)
+    nibble = tl.interleave(byte >> 4, byte) & 15
+    return tl.reshape(tl.gather(table, tl.reshape(nibble, (nibble.numel,)), 0), nibble.shape)
+
+
+@triton.jit
+def decode_tile(
+    words, absmax, code, nested_absmax, nested_code, offset, rows, column, k,
+    QBLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """W[rows, column ... column + COLUMNS] in fp32. words: int32; rows: int64, all of them in W.
+
+    The columns of a row lie in one quantisation block, so that a row has one scale."""
+    table = tl.load(code + tl.arange(0, 16))
+    start = rows * k + column
+    word = tl.load(words + start[:, None] // 8 + tl.arange(0, COLUMNS // 8)[None, :])
+    scale = scale_of(start // QBLOCK, None, absmax, nested_absmax, nested_code, offset,
+                     NESTED_BLOCK)  # fmt: skip
+    return decode(word, table) * scale[:, None]
 
 
 @triton.jit
 def nf4_dequant_kernel(
-    packed, absmax, code, nested_absmax, nested_code, offset, out, numel,
-    QBLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+    packed, absmax, code, nested_absmax, nested_code, offset, out, numel, entries,
+    QBLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROUND: tl.constexpr, BLOCKS: tl.constexpr,
+    PER: tl.constexpr,
 ):  # fmt: skip
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    i = start + tl.arange(0, BLOCK)
-    inside = 2 * i < numel
+    """A row of the tile is a quantisation block; grid (parts of BLOCKS blocks,).
+
+    packed has ``entries`` entries of PER elements. The number is an argument, because a mask is
+    vectorised only where its bound is known to be divisible by 16."""
+    first = tl.program_id(0).to(tl.int64) * BLOCKS
+    start = first * QBLOCK
+    rows = tl.arange(0, BLOCKS)
+    left = tl.minimum(numel - start, BLOCKS * QBLOCK).to(tl.int32)
+    left_entries = tl.minimum(entries - start // PER, BLOCKS * QBLOCK // PER).to(tl.int32)
     table = tl.load(code + tl.arange(0, 16))
-    byte = tl.load(packed + i, mask=inside, other=0).to(tl.int32)
-    scale = scale_of(
-        2 * i // QBLOCK, inside, absmax, nested_absmax, nested_code, offset, NESTED_BLOCK
-    )
-    high, low = decode_bytes(byte, table)
-    value = tl.interleave(high * scale, low * scale).to(ROUND).to(out.dtype.element_ty)
-    j = 2 * start + tl.arange(0, 2 * BLOCK)
-    tl.store(out + j, value, mask=j < numel)
+    i = rows[:, None] * (QBLOCK // PER) + tl.arange(0, QBLOCK // PER)[None, :]
+    entry = tl.load(packed + start // PER + i, mask=i < left_entries, other=0)
+    scale = scale_of(first + rows, rows * QBLOCK < left, absmax, nested_absmax, nested_code,
+                     offset, NESTED_BLOCK)  # fmt: skip
+    value = (decode(entry, table) * scale[:, None]).to(ROUND).to(out.dtype.element_ty)
+    j = rows[:, None] * QBLOCK + tl.arange(0, QBLOCK)[None, :]
+    tl.store(out + start + j, value, mask=j < left)
 
 
 TL_DTYPE = {
@@ -89,12 +119,20 @@ def nf4_dequant_into(
     if out.numel() == 0:
         return
     nested = nested_absmax is not None
-    nf4_dequant_kernel[(triton.cdiv(out.numel(), 2 * _BLOCK),)](
-        packed, absmax, code, nested_absmax if nested else code, nested_code if nested else code,
-        offset if nested else code, out, out.numel(), QBLOCK=blocksize,
-        NESTED_BLOCK=nested_blocksize if nested else 0, ROUND=TL_DTYPE[dtype], BLOCK=_BLOCK,
-        enable_fp_fusion=False,
+    entries, blocks = words(packed), max(1, TILE // blocksize)
+    nf4_dequant_kernel[(triton.cdiv(out.numel(), blocks * blocksize),)](
+        entries, absmax, code, nested_absmax if nested else code, nested_code if nested else code,
+        offset if nested else code, out, out.numel(), entries.numel(), QBLOCK=blocksize,
+        NESTED_BLOCK=nested_blocksize if nested else 0, ROUND=TL_DTYPE[dtype], BLOCKS=blocks,
+        PER=2 * entries.itemsize, **LAUNCH,
     )  # fmt: skip
+
+
+def words(packed: Tensor) -> Tensor:
+    """packed as int32 where that is possible, else as it is; flat, the same memory."""
+    flat = packed.reshape(-1)
+    whole = flat.numel() % 4 == 0 and flat.storage_offset() % 4 == 0
+    return flat.view(torch.int32) if whole else flat
 
 
 def why_not_nf4_dequant(packed: Tensor, *rest: object) -> str | None:

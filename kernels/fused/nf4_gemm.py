@@ -15,32 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import splits
-from .nf4 import TL_DTYPE, decode_bytes, scale_of
+from .nf4 import TL_DTYPE, decode_tile, words
+from .tiles import GEMM_BLOCK, gemm
 
 MAX_TOKENS = 256
 """Above, decoding once and calling cuBLAS is faster on Hopper (computed by the roofline, not yet
 measured)."""
 
-_OUT, _DEPTH = 64, 64
-
-
-@triton.jit
-def _decoded_tile(packed, absmax, code, nested_absmax, nested_code, offset, table, rows, here,
-                  column, k, QBLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr,
-                  COLUMNS: tl.constexpr, ROUND: tl.constexpr):  # fmt: skip
-    """W[rows, column ... column + COLUMNS]; the columns lie in one quantisation block a row."""
-    start = rows * k + column
-    place = start[:, None] // 2 + tl.arange(0, COLUMNS // 2)[None, :]
-    byte = tl.load(packed + place, mask=here[:, None], other=0).to(tl.int32)
-    scale = scale_of(start // QBLOCK, here, absmax, nested_absmax, nested_code, offset,
-                     NESTED_BLOCK)  # fmt: skip
-    high, low = decode_bytes(byte, table)
-    return tl.interleave(high * scale[:, None], low * scale[:, None]).to(ROUND)
-
 
 @triton.jit
 def nf4_gemm_fwd_kernel(
-    x, packed, absmax, code, nested_absmax, nested_code, offset, parts, m, n, k, stride_x, depth,
+    x, words, absmax, code, nested_absmax, nested_code, offset, parts, m, n, k, stride_x, depth,
     QBLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROUND: tl.constexpr, TOKENS: tl.constexpr,
     OUT: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -51,12 +36,12 @@ def nf4_gemm_fwd_kernel(
     tokens = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     split = tl.program_id(2)
     here, known = rows < n, tokens < m
-    table = tl.load(code + tl.arange(0, 16))
+    w_rows = tl.minimum(rows, n - 1)
     acc = tl.zeros((OUT, TOKENS), tl.float32)
     first = split * depth * DEPTH
     for column in range(first, min(first + depth * DEPTH, k), DEPTH):
-        w = _decoded_tile(packed, absmax, code, nested_absmax, nested_code, offset, table, rows,
-                          here, column, k, QBLOCK, NESTED_BLOCK, DEPTH, ROUND)  # fmt: skip
+        w = decode_tile(words, absmax, code, nested_absmax, nested_code, offset, w_rows, column, k,
+                        QBLOCK, NESTED_BLOCK, DEPTH).to(ROUND)  # fmt: skip
         columns = column + tl.arange(0, DEPTH)
         xt = tl.load(x + tokens[None, :] * stride_x + columns[:, None], mask=known[None, :],
                      other=0.0)  # fmt: skip
@@ -67,25 +52,26 @@ def nf4_gemm_fwd_kernel(
 
 @triton.jit
 def nf4_gemm_bwd_kernel(
-    g, packed, absmax, code, nested_absmax, nested_code, offset, parts, m, n, k, stride_g, depth,
+    g, words, absmax, code, nested_absmax, nested_code, offset, parts, m, n, k, stride_g, depth,
     QBLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROUND: tl.constexpr, TOKENS: tl.constexpr,
-    OUT: tl.constexpr, DEPTH: tl.constexpr,
+    OUT: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """parts[split] = g[:, chunk] W[chunk]; grid (k blocks, m blocks, splits)."""
+    """parts[split] = g[:, chunk] W[chunk]; WHOLE: DEPTH divides n.
+    grid (k blocks, m blocks, splits)."""
     column = tl.program_id(0) * OUT
     tokens = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     split = tl.program_id(2)
     known = tokens < m
-    table = tl.load(code + tl.arange(0, 16))
     acc = tl.zeros((TOKENS, OUT), tl.float32)
     first = split * depth * DEPTH
     for row in range(first, min(first + depth * DEPTH, n), DEPTH):
         rows = (row + tl.arange(0, DEPTH)).to(tl.int64)
-        here = rows < n
-        w = _decoded_tile(packed, absmax, code, nested_absmax, nested_code, offset, table, rows,
-                          here, column, k, QBLOCK, NESTED_BLOCK, OUT, ROUND)  # fmt: skip
+        known_here = known[:, None] if WHOLE else known[:, None] & (rows < n)[None, :]
+        w = decode_tile(words, absmax, code, nested_absmax, nested_code, offset,
+                        tl.minimum(rows, n - 1), column, k, QBLOCK, NESTED_BLOCK,
+                        OUT).to(ROUND)  # fmt: skip
         tile = tl.load(g + tokens[:, None] * stride_g + rows[None, :],
-                       mask=known[:, None] & here[None, :], other=0.0)  # fmt: skip
+                       mask=known_here, other=0.0)  # fmt: skip
         acc = tl.dot(tile, w, acc, input_precision="ieee")
     columns = column + tl.arange(0, OUT)
     place = (split.to(tl.int64) * m + tokens)[:, None] * k + columns[None, :]
@@ -94,7 +80,7 @@ def nf4_gemm_bwd_kernel(
 
 def serves(tokens: int, k: int, blocksize: int, dtype: torch.dtype) -> bool:
     """Few enough tokens, and tiles that lie inside quantisation blocks."""
-    aligned = k % _DEPTH == 0 and k % _OUT == 0 and blocksize % _DEPTH == 0
+    aligned = k % GEMM_BLOCK == 0 and blocksize % GEMM_BLOCK == 0
     return 0 < tokens <= MAX_TOKENS and aligned and dtype in TL_DTYPE
 
 
@@ -107,17 +93,19 @@ def add_product(
     m = x.shape[0]
     x = x if x.stride(1) == 1 else x.contiguous()
     out, inner = (n, k) if transposed else (k, n)
-    tokens = max(16, min(64, triton.next_power_of_2(m)))
-    tiles = triton.cdiv(out, _OUT) * triton.cdiv(m, tokens)
-    steps = triton.cdiv(inner, _DEPTH)
+    size = gemm(transposed, x.itemsize)
+    tokens = max(16, min(size.tokens, triton.next_power_of_2(m)))
+    tiles = triton.cdiv(out, size.out) * triton.cdiv(m, tokens)
+    steps = triton.cdiv(inner, size.depth)
     depth = triton.cdiv(steps, splits(tiles, steps, x.device))
     parts = x.new_empty((triton.cdiv(steps, depth), m, out), dtype=torch.float32)
     nested = nested_absmax is not None
     kernel = nf4_gemm_fwd_kernel if transposed else nf4_gemm_bwd_kernel
-    kernel[(triton.cdiv(out, _OUT), triton.cdiv(m, tokens), parts.shape[0])](
-        x, packed, absmax, code, nested_absmax if nested else code, nested_code if nested else code,
-        offset if nested else code, parts, m, n, k, x.stride(0), depth, QBLOCK=blocksize,
-        NESTED_BLOCK=nested_blocksize if nested else 0, ROUND=TL_DTYPE[x.dtype], TOKENS=tokens,
-        OUT=_OUT, DEPTH=_DEPTH, enable_fp_fusion=False,
+    whole = {} if transposed else {"WHOLE": n % size.depth == 0}
+    kernel[(triton.cdiv(out, size.out), triton.cdiv(m, tokens), parts.shape[0])](
+        x, words(packed), absmax, code, nested_absmax if nested else code,
+        nested_code if nested else code, offset if nested else code, parts, m, n, k, x.stride(0),
+        depth, QBLOCK=blocksize, NESTED_BLOCK=nested_blocksize if nested else 0,
+        ROUND=TL_DTYPE[x.dtype], TOKENS=tokens, **whole, **size.launch(),
     )  # fmt: skip
     return (parts.sum(0) + y).to(y.dtype)

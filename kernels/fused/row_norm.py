@@ -14,37 +14,39 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import why_not_here
-from .nf4 import TL_DTYPE, decode_bytes, scale_of
-
-_ROWS, _COLUMNS = 32, 64
+from .nf4 import TL_DTYPE, decode, decode_tile, scale_of, words
+from .tiles import rank_block, tile
 
 
 @triton.jit
 def row_norm_kernel(
-    w, absmax, code, nested_absmax, nested_code, offset, a, b, gram, norm, n, k, r, stride_row,
-    stride_column, scale, PACKED: tl.constexpr, QBLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr,
-    ROUND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    w, absmax, code, nested_absmax, nested_code, offset, a, b, gram_b, norm, n, k, r, stride_row,
+    stride_column, scale, PACKED: tl.constexpr, ALIGNED: tl.constexpr, QBLOCK: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
 ):  # fmt: skip
-    """grid (row blocks,)."""
+    """gram_b = B G: (n, r); ALIGNED: tiles are whole and lie in one quantisation block a row.
+    grid (row blocks,)."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     ranks = tl.arange(0, RANK)
     here, used = rows < n, ranks < r
+    w_rows = tl.minimum(rows, n - 1)
     u = tl.zeros((ROWS, RANK), tl.float32)
     square = tl.zeros((ROWS,), tl.float32)
-    if PACKED:
-        table = tl.load(code + tl.arange(0, 16))
     for column in range(0, k, COLUMNS):
         columns = column + tl.arange(0, COLUMNS)
         inside = columns < k
-        if PACKED:
-            first = (rows[:, None] * k + column) // 2
-            i = first + tl.arange(0, COLUMNS // 2)[None, :]
+        if ALIGNED:
+            tile = decode_tile(w, absmax, code, nested_absmax, nested_code, offset, w_rows,
+                               column, k, QBLOCK, NESTED_BLOCK, COLUMNS).to(ROUND)  # fmt: skip
+        elif PACKED:
+            i = (rows[:, None] * k + column) // 2 + tl.arange(0, COLUMNS // 2)[None, :]
             valid = here[:, None] & (column + 2 * tl.arange(0, COLUMNS // 2) < k)[None, :]
-            byte = tl.load(w + i, mask=valid, other=0).to(tl.int32)
+            byte = tl.load(w + i, mask=valid, other=0)
             s = scale_of(2 * i // QBLOCK, valid, absmax, nested_absmax, nested_code, offset,
                          NESTED_BLOCK)  # fmt: skip
-            high, low = decode_bytes(byte, table)
-            tile = tl.interleave(high * s, low * s).to(ROUND)
+            value = decode(byte, tl.load(code + tl.arange(0, 16))) * tl.interleave(s, s)
+            tile = tl.where(inside[None, :], value, 0.0).to(ROUND)
         else:
             tile = tl.load(w + rows[:, None] * stride_row + columns[None, :] * stride_column,
                            mask=here[:, None] & inside[None, :], other=0.0)  # fmt: skip
@@ -53,13 +55,10 @@ def row_norm_kernel(
         factor = tl.load(a + ranks[:, None] * k + columns[None, :],
                          mask=used[:, None] & inside[None, :], other=0.0)  # fmt: skip
         u = tl.dot(tile, tl.trans(factor.to(tile.dtype)), u, input_precision="ieee")
-    left = tl.load(b + rows[:, None] * r + ranks[None, :],
-                   mask=here[:, None] & used[None, :], other=0.0)  # fmt: skip
-    g = tl.load(gram + ranks[:, None] * r + ranks[None, :],
-                mask=used[:, None] & used[None, :], other=0.0)  # fmt: skip
-    cross = tl.sum(left * u, 1)
-    own = tl.sum(tl.dot(left, g, input_precision="ieee") * left, 1)
-    total = square + 2 * scale * cross + scale * scale * own
+    place, valid = rows[:, None] * r + ranks[None, :], here[:, None] & used[None, :]
+    left = tl.load(b + place, mask=valid, other=0.0)
+    right = 2 * scale * u + scale * scale * tl.load(gram_b + place, mask=valid, other=0.0)
+    total = square + tl.sum(left * right, 1)
     # a sum of squares that cancels to below zero is zero
     tl.store(norm + rows, tl.sqrt(tl.maximum(total, 0.0)), mask=here)
 
@@ -78,14 +77,18 @@ def row_norm(
     # the low-rank pair as the product sees it, so that the three terms agree
     a = a.to(dtype).contiguous()
     wide_a, wide_b = a.float(), b.float().contiguous()
-    gram = wide_a @ wide_a.t()
-    dense = w.stride() if not packed else (0, 0)
-    row_norm_kernel[(triton.cdiv(n, _ROWS),)](
-        w, absmax if packed else w, code if packed else w, nested_absmax if nested else w,
-        nested_code if nested else w, offset if nested else w, a, wide_b, gram, norm, n, k, r,
-        *dense, scale, PACKED=packed, QBLOCK=blocksize if packed else 1,
-        NESTED_BLOCK=nested_blocksize if nested else 0, ROUND=TL_DTYPE[dtype], ROWS=_ROWS,
-        COLUMNS=_COLUMNS, RANK=max(16, triton.next_power_of_2(r)), enable_fp_fusion=not packed,
+    gram_b = wide_b @ (wide_a @ wide_a.t())
+    size = tile("row_norm", r, dtype.itemsize)
+    launch = size.launch() | {"enable_fp_fusion": not packed}
+    weight = words(w) if packed else w
+    aligned = weight.dtype == torch.int32 and k % size.columns == blocksize % size.columns == 0
+    row_norm_kernel[(triton.cdiv(n, size.rows),)](
+        weight if aligned or not packed else w.reshape(-1), absmax if packed else w,
+        code if packed else w, nested_absmax if nested else w, nested_code if nested else w,
+        offset if nested else w, a, wide_b, gram_b, norm, n, k, r,
+        *((0, 0) if packed else w.stride()), scale, PACKED=packed, ALIGNED=packed and aligned,
+        QBLOCK=blocksize if packed else 1, NESTED_BLOCK=nested_blocksize if nested else 0,
+        ROUND=TL_DTYPE[dtype], RANK=rank_block(r), **launch,
     )  # fmt: skip
     return norm
 

@@ -12,7 +12,7 @@ NO_FEEDFORWARD = {"feedforward_modules": []}
 
 
 def case(config: str, model: str = "llama", **options: Any) -> dict[str, Any]:
-    made = {k: options.pop(k) for k in ("nf4", "scale", "lr", "skip", "near") if k in options}
+    made = {k: options.pop(k) for k in ("nf4", "scale", "lr", "skip", "near", "missing") if k in options}
     return {"peft": config, "ours": config, "model": model, "kwargs": options, **made}
 
 
@@ -31,13 +31,15 @@ CASES: dict[str, dict[str, Any]] = {
     "loha-conv": case("LoHaConfig", "conv", target_modules=["first", "point", "grouped", "flat"]),
     "loha-conv-core": case(
         "LoHaConfig", "conv", target_modules=["first", "point", "grouped", "flat"],
-        use_effective_conv2d=True, r=4,
+        use_effective_conv2d=True, r=4, scale=1.0,
     ),
     "lokr": case("LoKrConfig", **ALL),
     "lokr-both": case("LoKrConfig", **ALL, r=2, decompose_both=True, alpha_pattern={"v_proj": 3}),
     "lokr-factor": case("LoKrConfig", **ALL, decompose_factor=4, init_weights="lycoris"),
     "lokr-random": case("LoKrConfig", **ATTENTION, r=2, init_weights=False),
-    "lokr-conv": case("LoKrConfig", "conv", target_modules=["first", "point", "grouped", "flat"]),
+    "lokr-conv": case(
+        "LoKrConfig", "conv", target_modules=["first", "point", "grouped", "flat"], scale=1.0
+    ),
     "lokr-conv-core": case(
         "LoKrConfig", "conv", target_modules=["first", "grouped", "flat"],
         use_effective_conv2d=True, r=1, init_weights="lycoris",

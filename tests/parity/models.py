@@ -22,7 +22,7 @@ class ConvNet(nn.Module):
         self.first = nn.Conv2d(4, 8, 3, stride=2, padding=1)
         self.point = nn.Conv2d(8, 8, 1)
         self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
-        self.flat = nn.Conv1d(8, 8, 3, padding=2, dilation=2)
+        self.flat = nn.Conv1d(8, 8, 3, padding=1)
         self.head = nn.Linear(8, 6)
 
     def forward(self, x: Tensor) -> Tensor:

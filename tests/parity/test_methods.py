@@ -9,6 +9,7 @@ The cases are the ``CASES`` of each ``cases_*.py`` next to this file: a readable
     scale       of the random values that the adapter gets; 0.3 when absent
     lr          of the three training steps; 0.1 when absent
     skip        check ("start", "to_ours", "to_peft", "steps", "merge") -> why it cannot be
+    missing     why PEFT finds keys missing that it has from elsewhere in our file
     near        start values need an SVD or the like: equal to rounding, not to the bit
 """
 
@@ -72,7 +73,8 @@ def test_our_file_loads_in_peft(name: str, tmp_path: Path) -> None:
     ours = randomised(adapted(fastadapt, name), name)
     ours.save_pretrained(tmp_path)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(missing|unexpected).*keys")
+        if "missing" not in CASES[name]:
+            warnings.filterwarnings("error", message=".*(missing|unexpected).*keys")
         loaded = peft.PeftModel.from_pretrained(models.make(kind(name)), str(tmp_path))
     assert error(logits(loaded, name), logits(ours, name)) <= DENSE
 
@@ -154,6 +156,7 @@ def share(source: Any, target: Any) -> None:
 
 def train(model: Any, name: str) -> None:
     """Three SGD steps, in training mode."""
+    torch.manual_seed(5)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=CASES[name].get("lr", 0.1))

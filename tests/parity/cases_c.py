@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases of OFT, HRA, BOFT, RoAd, SHiRA, DeLoRA, GraLoRA, BEFT, DEFT, GLoRA, PEANuT and Lily."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ALL = {"target_modules": "all-linear"}
+ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
+
+
+def case(config: str, model: str = "llama", **options: Any) -> dict[str, Any]:
+    made = {k: options.pop(k) for k in ("nf4", "scale", "lr", "skip", "near") if k in options}
+    return {"peft": config, "ours": config, "model": model, "kwargs": options, **made}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "oft": case("OFTConfig", **ALL, nf4=True),
+    "oft-cayley": case("OFTConfig", **ALL, use_cayley_neumann=False, oft_block_size=8),
+    "oft-terms": case("OFTConfig", **ATTENTION, num_cayley_neumann_terms=7, oft_block_size=16),
+    "oft-blocks": case("OFTConfig", **ATTENTION, r=6, oft_block_size=0, init_weights=False),
+    "oft-shared": case("OFTConfig", **ALL, block_share=True, oft_block_size=16),
+    "coft": case("OFTConfig", **ALL, coft=True, eps=0.5),
+    "oft-embedding": case("OFTConfig", target_modules=["embed_tokens", "v_proj"]),
+    "oft-conv": case(
+        "OFTConfig", "conv", target_modules=["point", "head"], oft_block_size=4, bias="oft_only",
+    ),
+    "hra": case("HRAConfig", **ALL),
+    "hra-odd": case("HRAConfig", **ATTENTION, r=5),
+    "hra-gs": case("HRAConfig", **ALL, apply_GS=True, init_weights=False, r=6),
+    "hra-conv": case("HRAConfig", "conv", target_modules=["first", "point", "head"], r=4),
+    "boft": case("BOFTConfig", **ALL),
+    "boft-num": case(
+        "BOFTConfig", **ATTENTION, boft_block_size=0, boft_block_num=4, init_weights=False
+    ),
+    "boft-conv": case(
+        "BOFTConfig", "conv", target_modules=["first", "point", "head"], bias="boft_only"
+    ),
+}

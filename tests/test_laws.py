@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The laws of an adapter, over every method, weight format and layer kind.
+
+1. the start is the identity        2. every adapter parameter learns, the base does not
+3. forward is merged                4. merging keeps the outputs, to the format's own rounding
+5. unmerging restores the bits      6. what is saved loads to the same outputs (PEFT's: parity/)
+7. what cannot be says so, and leaves the model alone
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastadapt
+from fastadapt.errors import LifecycleError, UnsupportedError
+from fastadapt.layer import AdaptedLayer
+from fastadapt.ops.dropout import draw_seed
+from fastadapt.testing import (
+    FORMATS,
+    IMPOSSIBLE,
+    KINDS,
+    METHOD_CASES,
+    OneLayer,
+    adapted,
+    adapter_parameters,
+    applied,
+    base_layer,
+    check,
+    config_of,
+    drop_factors,
+    error,
+    exists,
+    in_float64,
+    layer_input,
+    merged,
+    move,
+)
+
+pytest.importorskip("bitsandbytes")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*inputs will be cast from:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*not divisible by block size.*:UserWarning"),
+]
+
+LAYERS = [(fmt, kind) for fmt in FORMATS for kind in KINDS if exists(fmt, kind)]
+CELLS = [
+    pytest.param(case, fmt, kind, id=f"{case}-{fmt}-{kind}")
+    for case, (fmt, kind) in itertools.product(METHOD_CASES, LAYERS)
+    if (case, kind) not in IMPOSSIBLE
+]
+each_cell = pytest.mark.parametrize(("case", "fmt", "kind"), CELLS)
+
+
+@each_cell
+def test_law_1_the_start_is_the_identity(case: str, fmt: str, kind: str) -> None:
+    base, x = base_layer(fmt, kind), layer_input(fmt, kind, 3, 5)
+    layer = adapted(copy.deepcopy(base), config_of(case), start=True)
+    if not layer.adapters["a0"].identity_at_init:
+        pytest.fail(f"{case} promises no identity: give it a start that does, or leave it out here")
+    check(layer(x), base(x), oracle_of(layer, [], x), slack=slack_of(fmt, kind), what="y")
+
+
+@each_cell
+def test_law_2_adapters_learn_and_the_base_does_not(case: str, fmt: str, kind: str) -> None:
+    layer = adapted(base_layer(fmt, kind), config_of(case)).train()
+    layer(layer_input(fmt, kind, 3, 5)).square().mean().backward()
+    constant = set(layer.adapters["a0"].constant)
+    for name, parameter in adapter_parameters(layer):
+        if constant & set(name.split(".")):
+            assert not parameter.requires_grad, name
+            assert parameter.grad is None, name
+            continue
+        assert parameter.requires_grad, name
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+    for name, parameter in layer.base_layer.named_parameters():
+        assert not parameter.requires_grad, name
+        assert parameter.grad is None, name
+
+
+@each_cell
+def test_law_3_forward_is_merged(case: str, fmt: str, kind: str) -> None:
+    """Outputs, and the gradients of every parameter and of the input."""
+    layer, x = adapted(base_layer(fmt, kind), config_of(case)), layer_input(fmt, kind, 3, 5)
+    forward_is_merged(layer, ["a0"], x, slack_of(fmt, kind))
+
+
+@each_cell
+def test_law_4_merging_keeps_the_outputs(case: str, fmt: str, kind: str) -> None:
+    layer, x = adapted(base_layer(fmt, kind), config_of(case)), layer_input(fmt, kind, 3, 5)
+    merging_keeps_the_outputs(layer, ["a0"], x, fmt, slack_of(fmt, kind))
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+@each_cell
+def test_law_5_unmerging_restores_the_bits(case: str, fmt: str, kind: str, used: bool) -> None:
+    """Also when the layer ran before and in between (int8 layers move their statistics then), and
+    after two merges."""
+    configs = config_of(case), config_of("lora", r=2)
+    layer, x = adapted(base_layer(fmt, kind), *configs), layer_input(fmt, kind, 3, 5)
+    before_y = layer(x) if used else None
+    before, weight = stored(layer.base_layer), layer.base_layer.weight
+    for name in ("a0", "a1"):
+        layer.merge(adapter_names=[name])
+        assert not same(before, stored(layer.base_layer)), "merging changed nothing"
+        assert layer.merged_adapters[-1] == name
+        if used:
+            layer(x)
+    layer.unmerge()
+    assert same(before, stored(layer.base_layer))
+    assert layer.base_layer.weight is weight
+    assert not layer.merged
+    if before_y is not None:
+        assert torch.equal(layer(x), before_y)
+
+
+@each_cell
+def test_law_6_what_is_saved_loads_to_the_same_outputs(
+    case: str, fmt: str, kind: str, tmp_path: Path
+) -> None:
+    base, x = base_layer(fmt, kind), layer_input(fmt, kind, 3, 5)
+    model = fastadapt.get_peft_model(OneLayer(copy.deepcopy(base)), config_of(case))
+    move(model.base_model.model.layer)
+    model.save_pretrained(tmp_path)
+    again = fastadapt.PeftModel.from_pretrained(OneLayer(copy.deepcopy(base)), tmp_path)
+    with torch.no_grad():
+        y, start = model.eval()(x), base(x)
+        assert torch.equal(again.eval()(x), y)
+        assert not torch.equal(y, start)
+
+
+# 7. what cannot be
+
+
+@pytest.mark.parametrize(
+    ("fmt", "kind"), [(f, k) for f in FORMATS for k in KINDS if not exists(f, k)]
+)
+def test_law_7_a_format_on_a_kind_that_cannot_be(fmt: str, kind: str) -> None:
+    base = base_layer(fmt, kind)
+    root = OneLayer(base)
+    with pytest.raises(UnsupportedError, match=r"layer is not supported: expected .* got"):
+        fastadapt.get_peft_model(root, config_of("lora"))
+    assert root.layer is base
+
+
+@pytest.mark.parametrize(("case", "kind"), sorted(IMPOSSIBLE))
+@pytest.mark.parametrize("fmt", ["dense32", "dense16"])
+def test_law_7_a_method_on_a_kind_that_cannot_be(case: str, fmt: str, kind: str) -> None:
+    base = base_layer(fmt, kind).requires_grad_()
+    root = OneLayer(base)
+    with pytest.raises(UnsupportedError, match="not supported for"):
+        fastadapt.get_peft_model(root, config_of(case))
+    assert root.layer is base
+    assert all(p.requires_grad for p in base.parameters())
+
+
+# composition
+
+
+def pairs() -> Iterator[Any]:
+    """Every ordered pair of methods on a dense linear layer and on one other, each in its turn."""
+    others = [cell for cell in LAYERS if cell != ("dense32", "linear")]
+    turn = itertools.cycle(others)
+    for first, second in itertools.product(METHOD_CASES, repeat=2):
+        for fmt, kind in (("dense32", "linear"), next(turn)):
+            if not {(first, kind), (second, kind)} & IMPOSSIBLE:
+                yield pytest.param(first, second, fmt, kind, id=f"{first}-{second}-{fmt}-{kind}")
+
+
+@pytest.mark.parametrize(("first", "second", "fmt", "kind"), pairs())
+def test_two_methods_on_one_layer(first: str, second: str, fmt: str, kind: str) -> None:
+    """The second stands on the first: forward is merged, and merging both keeps the outputs."""
+    layer = adapted(base_layer(fmt, kind), config_of(first), config_of(second))
+    x, names = layer_input(fmt, kind, 3, 5), ["a0", "a1"]
+    forward_is_merged(layer, names, x, slack_of(fmt, kind))
+    merging_keeps_the_outputs(layer, names, x, fmt, slack_of(fmt, kind))
+
+
+@each_cell
+def test_rows_of_a_mixed_batch_go_their_own_ways(case: str, fmt: str, kind: str) -> None:
+    layer = adapted(base_layer(fmt, kind), config_of(case), config_of("lora", r=2))
+    x = layer_input(fmt, kind, 5, 4)
+    names = ["a1", "__base__", "a0", "a1", "a0"]
+    with torch.no_grad():
+        y = layer(x, adapter_names=names)
+        for i, name in enumerate(names):
+            alone = layer.stack([name])(x[i : i + 1])
+            oracle = oracle_of(layer, [name] if name != "__base__" else [], x[i : i + 1])
+            check(y[i : i + 1], alone, oracle, slack=slack_of(fmt, kind), what=f"row {i}, {name}")
+
+
+def test_a_mixed_batch_of_the_wrong_length_and_of_none() -> None:
+    layer, x = adapted(base_layer("dense32", "linear"), config_of("lora")), torch.zeros(2, 64)
+    with pytest.raises(LifecycleError, match="2"):
+        layer(x, adapter_names=["a0"])
+    assert layer(x[:0], adapter_names=[]).shape == (0, 48)
+    layer.merge()
+    with pytest.raises(LifecycleError, match="merged"):
+        layer(x, adapter_names=["a0", "a0"])
+
+
+@each_cell
+def test_disabled_is_the_base_exactly(case: str, fmt: str, kind: str) -> None:
+    base, x = base_layer(fmt, kind), layer_input(fmt, kind, 3, 5)
+    layer = adapted(copy.deepcopy(base), config_of(case))
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), base(x))
+    layer.enable_adapters(True)
+    layer.merge()
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), base(x)), "a merged adapter is unmerged first"
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "embedding"])
+@pytest.mark.parametrize("case", METHOD_CASES)
+def test_under_autocast_the_result_is_autocasts(case: str, kind: str) -> None:
+    layer = adapted(base_layer("dense32", kind), config_of(case))
+    x = layer_input("dense32", kind, 3, 5)
+    w, bias = merged(layer, ["a0"], torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        got, plain = layer(x), applied(layer, x, w, bias)
+    check(got, plain.to(torch.bfloat16), oracle_of(layer, ["a0"], x), what="y")
+
+
+# dropout: PEFT's formulas, with the mask that the op draws
+
+
+@pytest.mark.parametrize("fmt", ["dense32", "bnb4", "bnb8"])
+def test_dropout_of_lora(fmt: str) -> None:
+    """y = W x + b + s B A d(x)."""
+    layer = adapted(base_layer(fmt, "linear"), config_of("lora", lora_dropout=0.4)).train()
+    x = layer_input(fmt, "linear", 3, 5)
+    by_formula(layer, x, fmt, lambda w, d, x, delta, factor: x @ w.t() + d @ delta.t())
+
+
+@pytest.mark.parametrize("fmt", ["dense32", "bnb4", "bnb8"])
+def test_dropout_of_dora(fmt: str) -> None:
+    """y = W x + b + (g - 1) W d(x) + g s B A d(x)."""
+    layer = adapted(base_layer(fmt, "linear"), config_of("dora", lora_dropout=0.4)).train()
+    x = layer_input(fmt, "linear", 3, 5)
+    by_formula(
+        layer, x, fmt,
+        lambda w, d, x, delta, factor: (
+            x @ w.t() + (factor - 1) * (d @ w.t()) + factor * (d @ delta.t())
+        ),
+    )  # fmt: skip
+
+
+def by_formula(layer: AdaptedLayer, x: Tensor, fmt: str, formula: Any) -> None:
+    def evaluated(dtype: torch.dtype) -> Tensor:
+        w, bias = layer.frozen.read()
+        w = w.to(dtype)
+        a, b = (layer.get_submodule(f"lora_{n}.a0").weight.to(dtype) for n in "AB")
+        delta = b @ a * layer.scaling["a0"]
+        factor = torch.ones(1, dtype=dtype)
+        if "lora_magnitude_vector" in layer.adapter_layer_names:
+            m = layer.lora_magnitude_vector["a0"].weight.to(dtype)
+            factor = m / torch.linalg.vector_norm(w + delta, dim=1)
+        torch.manual_seed(0)
+        dropped = x.to(dtype) * drop_factors(draw_seed(x.device), x.shape, 0.4).to(dtype)
+        y: Tensor = formula(w, dropped, x.to(dtype), delta, factor) + bias.to(dtype)
+        return y
+
+    with torch.no_grad():
+        torch.manual_seed(0)
+        got = layer(x)
+        check(
+            got, evaluated(torch.float32), evaluated(torch.float64),
+            slack=slack_of(fmt, "linear"), what="y",
+        )  # fmt: skip
+
+
+# what the laws say, once
+
+
+def forward_is_merged(layer: AdaptedLayer, names: list[str], x: Tensor, slack: float) -> None:
+    trained = [(k, p) for k, p in adapter_parameters(layer) if p.requires_grad]
+    base_dtype = layer.frozen.weight.dtype if x.is_floating_point() else None
+    work = x.dtype if x.is_floating_point() else layer.frozen.weight.dtype
+    del base_dtype
+    g = torch.randn(layer(x).shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def outcome(forward: Any, x: Tensor) -> dict[str, Tensor]:
+        leaf = x.detach().clone().requires_grad_(x.is_floating_point())
+        y = forward(leaf)
+        wanted = [p for _, p in trained] + ([leaf] if leaf.requires_grad else [])
+        grads = torch.autograd.grad(y, wanted, g.to(y.dtype))
+        keys = [k for k, _ in trained] + ["x"]
+        return {"y": y.detach(), **dict(zip(keys, grads, strict=False))}
+
+    def by_hand(x: Tensor, dtype: torch.dtype, adapter: torch.dtype) -> Tensor:
+        w, bias = merged(layer, names, adapter)
+        return applied(layer, x, w.to(dtype), bias)
+
+    got = outcome(layer, x)
+    plain = outcome(lambda x: by_hand(x, work, torch.float32), x)
+    with in_float64(layer):
+        wide = x.double() if x.is_floating_point() else x
+        oracle = outcome(lambda x: by_hand(x, torch.float64, torch.float64), wide)
+    assert got.keys() == plain.keys() == oracle.keys()
+    for name in got:
+        check(got[name], plain[name], oracle[name], slack=slack, what=name)
+
+
+def merging_keeps_the_outputs(
+    layer: AdaptedLayer, names: list[str], x: Tensor, fmt: str, slack: float
+) -> None:
+    """The stored bits are those that the format's own quantiser makes of W'; so outputs change by
+    what that quantiser loses, and by no more than the products' own rounding beside it."""
+    with torch.no_grad():
+        before = layer(x)
+        kept = stored(layer.base_layer)
+        w, _ = layer.stack(names).read()
+        exact, exact_bias = exactly(layer, names)
+        layer.merge(safe_merge=True, adapter_names=names)
+        wanted = requantised(fmt, layer.frozen.kind.orient(w), layer.base_layer)
+        now = stored(layer.base_layer)
+        for key, tensor in wanted.items():
+            assert torch.equal(raw(now[key]), raw(tensor)), key
+        held, bias = layer.frozen.read()
+        oracle = applied(layer, wide(x), held.double(), None if bias is None else bias.double())
+        dtype = before.dtype
+        plain = applied(layer, x, held.to(dtype), None if bias is None else bias.to(dtype))
+        after = layer(x)
+        check(after, plain, oracle, slack=slack, what="merged")
+        lost = error(oracle, applied(layer, wide(x), exact, exact_bias))
+        unit = torch.finfo(dtype).eps / 2 + slack
+        room = 2 * (2 * error(plain, oracle) + unit * oracle.abs().max().item())
+        assert error(after, before.double()) <= lost + room
+        layer.unmerge()
+        assert same(kept, stored(layer.base_layer))
+
+
+def exactly(layer: AdaptedLayer, names: list[str]) -> tuple[Tensor, Tensor | None]:
+    """(W', b') in float64."""
+    with in_float64(layer):
+        return merged(layer, names)
+
+
+def oracle_of(layer: AdaptedLayer, names: list[str], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return applied(layer, wide(x), *exactly(layer, names))
+
+
+def wide(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def slack_of(fmt: str, kind: str) -> float:
+    """What an int8 layer loses by quantising its input, relative to the largest output and input
+    gradient; nothing for the others."""
+    if fmt != "bnb8":
+        return 0.0
+    base, x = base_layer(fmt, kind), layer_input(fmt, kind, 64)
+    layer = AdaptedLayer(copy.deepcopy(base))
+    w, bias = merged(layer, [])
+    oracle = applied(layer, x.double(), w, bias)
+    return 2 * error(base(x), oracle) / oracle.abs().max().item()
+
+
+def stored(layer: nn.Module) -> dict[str, Tensor | None]:
+    """A copy of every tensor that a layer keeps, under one name each."""
+    weight: Any = layer.weight
+    found: dict[str, Any] = {"weight": weight.data, "bias": getattr(layer, "bias", None)}
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        found |= {"absmax": state.absmax, "code": state.code, "offset": state.offset}
+        found |= {"inner_absmax": state.state2.absmax, "inner_code": state.state2.code}
+        assert layer.quant_state is state
+    if hasattr(weight, "SCB"):
+        found |= {"CB": weight.CB, "SCB": weight.SCB}
+        found |= {"state_CB": layer.state.CB, "state_SCB": layer.state.SCB}
+    return {k: None if v is None else v.detach().clone() for k, v in found.items()}
+
+
+def same(one: dict[str, Tensor | None], other: dict[str, Tensor | None]) -> bool:
+    """Bit for bit."""
+    return one.keys() == other.keys() and all(
+        (v is None) == (other[k] is None)
+        and (v is None or (v.dtype == other[k].dtype and torch.equal(raw(v), raw(other[k]))))
+        for k, v in one.items()
+    )
+
+
+def raw(tensor: Any) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def requantised(fmt: str, w: Tensor, layer: Any) -> dict[str, Tensor]:
+    """What the format's own quantiser stores for ``w``, in the layer's orientation."""
+    if fmt.startswith("dense"):
+        return {"weight": w.to(layer.weight.dtype)}
+    import bitsandbytes.functional as bnb
+
+    if fmt == "bnb8":
+        rows, scales, _ = bnb.int8_vectorwise_quant(w.half().contiguous())
+        return {"weight": rows, "SCB": scales}
+    packed, state = bnb.quantize_4bit(
+        w.float().contiguous(), blocksize=64, compress_statistics=True,
+        quant_type=layer.weight.quant_type,
+    )  # fmt: skip
+    return {"weight": packed, "absmax": state.absmax, "inner_absmax": state.state2.absmax,
+            "offset": state.offset}  # fmt: skip
