@@ -67,7 +67,8 @@ def show(document: dict[str, Any], rival_name: str) -> None:
     count = document["tokens"][0] * document["tokens"][1]
     rival = rows[rival_name]
     table = Table(
-        title=f"{document['shapes']['name']}, {count} tokens, NF4, {document['dtype']}, "
+        title=f"{document['shapes']['name']}, {count} tokens, NF4 in {document['compute']}, "
+        f"the rest in {document['dtype']}, "
         f"{where['gpu'] or where['cpu']}, {where['threads']} threads"
     )
     table.add_column("", no_wrap=True)

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import copy
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -75,15 +76,20 @@ def main() -> int:
         "--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of what is not quantised; auto: bfloat16 where the device has it",
     )  # fmt: skip
+    parser.add_argument(
+        "--compute", choices=["float32", "bfloat16"], default="bfloat16",
+        help="bnb_4bit_compute_dtype of all; float32 helps bitsandbytes where bf16 is emulated",
+    )  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/train.json"))
     args = parser.parse_args()
+    load_before = os.getloadavg()[0]
     warnings.filterwarnings("ignore", category=FutureWarning)
     device = torch.device(args.device)
     dtype = product_dtype(torch.bfloat16, device)
     dtype = dtype if args.dtype == "auto" else getattr(torch, args.dtype)
 
-    contenders, oracle = build(args.shapes, dtype, device)
+    contenders, oracle = build(args.shapes, dtype, getattr(torch, args.compute), device)
     batch = tokens(SHAPES[args.shapes]["vocab_size"], args.batch, args.length, device)
     agreed, parity = compare(contenders[OURS].model, contenders[RIVAL].model, oracle, batch)
     del oracle
@@ -98,6 +104,7 @@ def main() -> int:
         "shapes": {"name": args.shapes, **SHAPES[args.shapes]},
         "tokens": [args.batch, args.length],
         "dtype": str(dtype).removeprefix("torch."),
+        "compute": args.compute,
         "autocast": device.type == "cuda",
         "lora": LORA,
         "parity": parity,
@@ -105,7 +112,7 @@ def main() -> int:
         "implementations": fastadapt.explain(
             contenders[OURS].model, tokens=args.batch * args.length
         ).implementations(),
-        "machine": machine(device),
+        "machine": {**machine(device), "load_average_before": load_before},
     }
     show(document, RIVAL)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +122,7 @@ def main() -> int:
 
 
 def build(
-    shapes: str, dtype: torch.dtype, device: torch.device
+    shapes: str, dtype: torch.dtype, compute: torch.dtype, device: torch.device
 ) -> tuple[dict[str, Contender], nn.Module]:
     """The contenders over equal bases, and PEFT over the dequantised float32 base: the oracle."""
     import peft
@@ -130,7 +137,7 @@ def build(
             device_map={"": device},
             quantization_config=BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
+                bnb_4bit_compute_dtype=compute,
             ),
         )  # fmt: skip
     quantised.config.use_cache = False

@@ -22,10 +22,14 @@ _NAMES = {
     "fastadapt.config": "PeftConfig PeftType TaskType",
     "fastadapt.methods.lora": "LoraConfig LoraRuntimeConfig",
     "fastadapt.methods.ia3": "IA3Config",
+    "fastadapt.methods.ln_tuning": "LNTuningConfig",
+    "fastadapt.methods.hira": "HiraConfig",
+    "fastadapt.methods.miss": "MissConfig",
     "fastadapt.methods.adalora": "AdaLoraConfig",
     "fastadapt.methods.lokr": "LoKrConfig",
     "fastadapt.methods.loha": "LoHaConfig",
     "fastadapt.methods.vera": "VeraConfig",
+    "fastadapt.methods.waveft": "WaveFTConfig",
     "fastadapt.methods.tinylora": "TinyLoraConfig",
     "fastadapt.methods.unilora": "UniLoraConfig",
     "fastadapt.methods.pvera": "PveraConfig",
@@ -36,6 +40,12 @@ _NAMES = {
     "fastadapt.methods.oft": "OFTConfig",
     "fastadapt.methods.hra": "HRAConfig",
     "fastadapt.methods.boft": "BOFTConfig",
+    "fastadapt.methods.road": "RoadConfig",
+    "fastadapt.methods.shira": "ShiraConfig",
+    "fastadapt.methods.delora": "DeloraConfig",
+    "fastadapt.methods.gralora": "GraloraConfig",
+    "fastadapt.methods.beft": "BeftConfig",
+    "fastadapt.methods.deft": "DeftConfig",
     "fastadapt.peft_model": (
         "get_peft_model PeftModel PeftModelForCausalLM PeftModelForSeq2SeqLM "
         "PeftModelForSequenceClassification PeftModelForTokenClassification "

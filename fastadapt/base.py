@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -40,6 +41,10 @@ class Base(Protocol):
         """The input has ``shape[1] * groups`` channels (1 but for grouped convolutions)."""
 
     @property
+    def whole(self) -> bool:
+        """Calling it is ``apply(x, w) + bias`` of what ``read`` gives, and reading is free."""
+
+    @property
     def bias(self) -> Tensor | None: ...
     def __call__(self, x: Tensor) -> Tensor: ...
     def read(self) -> tuple[Tensor, Tensor | None]:
@@ -59,6 +64,9 @@ class Base(Protocol):
 
     def pair(self, r: int, bias: bool = False) -> Pair:
         """Fresh maps in -> r and r -> out."""
+
+    def copy(self) -> nn.Module:
+        """The layer itself once more, to be trained; raises UnsupportedError when quantised."""
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         """Dropout on an input; indices pass as they are."""
@@ -96,6 +104,10 @@ class FrozenLayer:
         return self.kind.groups
 
     @property
+    def whole(self) -> bool:
+        return self.why_not_fused() is None and isinstance(self.weight.bits(), Dense)
+
+    @property
     def bias(self) -> Tensor | None:
         return getattr(self.layer, "bias", None)
 
@@ -113,7 +125,7 @@ class FrozenLayer:
         self.weight.write(self.kind.orient(w))
         if bias is not None:
             old = self.bias
-            dtype = w.dtype if old is None else old.dtype
+            dtype = self.weight.dtype if old is None else old.dtype
             self.layer.bias = nn.Parameter(
                 bias.detach().to(dtype).clone(), requires_grad=old is not None and old.requires_grad
             )
@@ -143,6 +155,14 @@ class FrozenLayer:
 
     def pair(self, r: int, bias: bool = False) -> Pair:
         return self.kind.pair(r, bias)
+
+    def copy(self) -> nn.Module:
+        if not self.layer.weight.is_floating_point():
+            raise UnsupportedError(
+                f"a {self.weight.name} layer cannot be trained whole: its weight is quantised"
+            )
+        # on the device that new tensors get: "meta" while a file is only checked
+        return copy.deepcopy(self.layer).to(torch.empty(0).device)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         return x if self.indexed or p == 0 else dropout(x, p)
@@ -204,6 +224,10 @@ class Stacked:
         return self.base.groups
 
     @property
+    def whole(self) -> bool:
+        return False
+
+    @property
     def bias(self) -> Tensor | None:
         return self.read()[1]
 
@@ -228,6 +252,9 @@ class Stacked:
     def pair(self, r: int, bias: bool = False) -> Pair:
         return self.base.pair(r, bias)
 
+    def copy(self) -> nn.Module:
+        return self.base.copy()
+
     def drop(self, x: Tensor, p: float) -> Tensor:
         return self.base.drop(x, p)
 
@@ -249,6 +276,10 @@ class Called:
 
     def low_rank(self, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float = 0.0) -> Tensor:
         return _added(self, x, a, b, scale, p)
+
+    @property
+    def whole(self) -> bool:
+        return False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._base, name)

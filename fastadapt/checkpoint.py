@@ -23,6 +23,7 @@ from fastadapt.config import CONFIG_NAME, AdapterConfig, PeftConfig
 from fastadapt.errors import CheckpointError, FastAdaptWarning, OutputError
 from fastadapt.files import fetch, write_atomic
 from fastadapt.fingerprint import differences, fingerprint
+from fastadapt.methods import method_of
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
@@ -32,13 +33,25 @@ _SHOWN = 12
 
 @dataclass
 class AdapterFile:
-    """An adapter on disk. shapes: key -> shape; ``read`` holds the tensors that it was asked for."""
+    """An adapter on disk. shapes: key -> shape, keys as PEFT has them now; ``read`` holds the
+    tensors that it was asked for."""
 
     config: AdapterConfig
     path: Path
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
     held: dict[str, Tensor] = field(default_factory=dict)
+    old: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Keys that an earlier PEFT release gave other names."""
+        renamed = method_of(self.config.peft_type).old_parts
+        for key in [k for k in self.shapes if k.rpartition(".")[2] in renamed]:
+            path, _, part = key.rpartition(".")
+            now = f"{path}.{renamed[part]}"
+            self.shapes[now], self.old[now] = self.shapes.pop(key), key
+            if key in self.held:
+                self.held[now] = self.held.pop(key)
 
     def read(self, keys: list[str]) -> dict[str, Tensor]:
         """These tensors, on the CPU; kept until the adapter is filled in."""
@@ -46,7 +59,7 @@ class AdapterFile:
             from safetensors import safe_open
 
             with safe_open(self.path, framework="pt") as file:
-                self.held = {k: file.get_tensor(k) for k in keys}
+                self.held = {k: file.get_tensor(self.old.get(k, k)) for k in keys}
         self.held = {k: self.held[k] for k in keys}
         return self.held
 

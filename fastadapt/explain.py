@@ -13,7 +13,7 @@ from torch import nn
 
 from fastadapt import targets
 from fastadapt.base import FrozenLayer
-from fastadapt.errors import KernelError
+from fastadapt.errors import KernelError, MissingExtraError
 from fastadapt.layer import AdaptedLayer
 from fastadapt.modules_to_save import ModulesToSaveWrapper
 from fastadapt.ops.bits import flatten
@@ -66,7 +66,10 @@ class Explanation:
 
     def table(self) -> Any:
         """A rich table, equal modules of different layers on one line."""
-        from rich.table import Table
+        try:
+            from rich.table import Table
+        except ImportError as error:
+            raise MissingExtraError("rich", "train", "the table of explain") from error
 
         rows: dict[tuple[str, ...], list[int]] = {}
         for r in self.records:
@@ -91,10 +94,11 @@ class Explanation:
     def __str__(self) -> str:
         from io import StringIO
 
+        table = self.table()
         from rich.console import Console
 
         out = StringIO()
-        Console(file=out, width=140).print(self.table())
+        Console(file=out, width=140).print(table)
         return out.getvalue()
 
 
@@ -134,13 +138,13 @@ def _record(path: str, module: nn.Module, own: list[Any], tokens: int) -> Record
         facts["implementation"], facts["reason"] = (
             ("peft", reason) if reason is not None else _implementation(frozen, tokens)
         )
-        facts["flops"] = 2 * trainable
+        facts["flops"] = 2 * _adapter_parameters(held)
     elif isinstance(module, ModulesToSaveWrapper):
         facts["kind"] = type(module.original_module).__name__
         facts["adapters"] = dict.fromkeys(module.modules_to_save, "modules_to_save")
     elif targets.is_adapted(module):
         facts |= _of_peft(module)
-        facts["flops"] = 2 * trainable if facts["implementation"] else 0
+        facts["flops"] = 2 * _adapter_parameters(module) if facts["implementation"] else 0
     elif type(own[0]).__name__ == "Params4bit":
         facts["format"] = "bnb4"
     elif type(own[0]).__name__ == "Int8Params":
@@ -162,6 +166,12 @@ def _of_peft(module: Any) -> dict[str, Any]:
         "implementation": "peft",
         "reason": f"PEFT's {type(module).__name__} layer, not patched by fastadapt",
     }
+
+
+def _adapter_parameters(layer: Any) -> int:
+    """The parameters that stand beside the base layer, trained or frozen."""
+    own = {id(p) for p in layer.base_layer.parameters()}
+    return sum(p.numel() for p in layer.parameters() if id(p) not in own)
 
 
 def _implementation(frozen: FrozenLayer, tokens: int) -> tuple[str, str | None]:

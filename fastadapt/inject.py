@@ -20,7 +20,7 @@ from fastadapt import targets
 from fastadapt.adapter import Adapter, Part
 from fastadapt.base import FrozenLayer
 from fastadapt.config import AdapterConfig, TaskType
-from fastadapt.errors import FastAdaptWarning, LifecycleError, TargetError
+from fastadapt.errors import FastAdaptWarning, LifecycleError, TargetError, UnsupportedError
 from fastadapt.kinds import kind_of
 from fastadapt.layer import AdaptedLayer, warn_low_precision
 from fastadapt.methods import method_of
@@ -60,6 +60,7 @@ def plan(
     chosen = targets.select(config, modules)
     _report(config, modules, chosen, allow_unmatched)
     bases = {p: _base(p, modules[p]) for p in chosen}
+    _refuse_norms(method, bases)
     device = torch.device("meta") if meta else torch.device("cpu")
     with device:
         shared = method.shared(config, dict(bases))
@@ -88,7 +89,8 @@ def attach(model: nn.Module, made: Plan, name: str, *, autocast_adapter_dtype: b
     placed: dict[int, Part] = {}
     for path, adapter in made.adapters.items():
         layer = layers.get(path) or _replace(model, path, AdaptedLayer)
-        _place(adapter, layer.frozen, autocast_adapter_dtype, placed)
+        widen = autocast_adapter_dtype and not adapter.keeps_dtype
+        _place(adapter, layer.frozen, widen, placed)
         layer.add(name, adapter)
         adapter.start(layer.frozen)
         layer.set_adapter(active, inference_mode=made.config.inference_mode)
@@ -182,6 +184,15 @@ def _base(path: str, module: nn.Module) -> FrozenLayer:
         return FrozenLayer(module)
     except ValueError as error:
         raise type(error)(f"Target module {path} is not supported: {error}") from error
+
+
+def _refuse_norms(method: type[Adapter], bases: dict[str, FrozenLayer]) -> None:
+    for path, base in bases.items():
+        if base.kind.name == "norm" and not method.takes_norms:
+            raise UnsupportedError(
+                f"Target module {path} is not supported: {method.name} adapts a matrix, and "
+                f"{type(base.layer).__name__} has a vector"
+            )
 
 
 def _report(

@@ -104,6 +104,10 @@ class AdaptedLayer(nn.Module):
                 holder = nn.ModuleDict if isinstance(part, nn.Module) else nn.ParameterDict
                 setattr(self, key, holder())
                 self._part_names.append(key)
+            held = getattr(self, key)
+            if isinstance(held, nn.ModuleDict) and not isinstance(part, nn.Module):
+                # two methods use one name, for a module and for a parameter: LoRA and AdaLoRA
+                setattr(self, key, nn.ParameterDict(dict(held.items())))
             getattr(self, key)[name] = part
         for key, value in adapter.values.items():
             if key not in self._value_names:
@@ -186,8 +190,9 @@ class AdaptedLayer(nn.Module):
 
     # merging
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the adapters (default: the active ones) into the base weight.
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> bool:
+        """Write the adapters (default: the active ones) into the base weight; False when there
+        was nothing to do.
 
         ``safe_merge``: refuse a merged weight that is not finite. ``unmerge`` restores the stored
         bits exactly."""
@@ -197,7 +202,7 @@ class AdaptedLayer(nn.Module):
             warnings.warn(f"Already merged: {again}. Nothing to do for them.", stacklevel=2)
         names = [n for n in names if n in self.adapters and n not in self.merged_adapters]
         if not names:
-            return
+            return False
         with torch.no_grad():
             w, bias = self.stack(names).read()
             if safe_merge and not (
@@ -209,19 +214,24 @@ class AdaptedLayer(nn.Module):
                 )
             held = self.frozen.snapshot()
             self.frozen.write(w, None if bias is held[1] else bias)
-        self._snapshots.append(held)
+        self._snapshots.append((held, list(self.merged_adapters)))
         self.merged_adapters.extend(names)
+        return True
 
     def unmerge(self) -> None:
         """Put the base weight back as it was before the first merge."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        del self._snapshots[1:]
+        self.undo_merge()
+
+    def undo_merge(self) -> None:
+        """Put the base weight back as it was before the last merge that is still there."""
         device = self.weight.device
-        self.frozen.restore(self._snapshots[0])
+        held, self.merged_adapters = self._snapshots.pop()
+        self.frozen.restore(held)
         self.base_layer.to(device)
-        self._snapshots.clear()
-        self.merged_adapters.clear()
 
     def release(self) -> nn.Module:
         """The base layer, as it stands, given back to the model."""
@@ -269,6 +279,8 @@ class AdaptedLayer(nn.Module):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names)} and {x.shape[0]} respectively."
             )
+        if not names:
+            return self.stack([], args, kwargs)(x)
         rows: dict[str, list[int]] = {}
         for i, name in enumerate(names):
             rows.setdefault(name if name in self.adapters else BASE_NAME, []).append(i)

@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastadapt import checkpoint, inject, penalties
-from fastadapt.adapter import Adapter
 from fastadapt.config import AdapterConfig, as_config
 from fastadapt.errors import LifecycleError
 from fastadapt.layer import AdaptedLayer
@@ -62,8 +61,7 @@ class Adapters:
         if made.config.base_model_name_or_path is None:
             made.config.base_model_name_or_path = path or None
         self._configs[name] = made.config
-        if type(next(iter(made.adapters.values()))).penalty.__func__ is not Adapter.penalty.__func__:
-            penalties.attach(root, name, made.config)
+        penalties.attach(root, name, made)
         inject.low_precision_warning(root, name)
 
     def _check_new(self, name: str, config: AdapterConfig) -> None:
@@ -192,10 +190,17 @@ class Adapters:
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        """Write adapters (default: the active ones) into the base weights; see AdaptedLayer."""
-        for _, layer in self._adapted():
-            if isinstance(layer, AdaptedLayer):
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        """Write adapters (default: the active ones) into the base weights; see AdaptedLayer. When
+        one layer cannot, none is merged."""
+        done: list[AdaptedLayer] = []
+        try:
+            for _, layer in self._adapted():
+                if isinstance(layer, AdaptedLayer) and layer.merge(safe_merge, adapter_names):
+                    done.append(layer)
+        except BaseException:
+            for layer in done:
+                layer.undo_merge()
+            raise
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights, to the bit."""
@@ -209,10 +214,8 @@ class Adapters:
         """Take every adapted layer out of the root, merged or as it was."""
         root, layers = self.adapter_root, list(self._adapted())
         if merge and safe_merge:
-            # nothing is merged when one layer cannot be: all are checked first
-            for _, layer in layers:
-                if isinstance(layer, AdaptedLayer):
-                    layer.merge(safe_merge=True, adapter_names=adapter_names)
+            # all layers are checked before the first is taken out
+            self.merge_adapter(adapter_names, safe_merge=True)
         for path, layer in _progress(layers, progressbar):
             if isinstance(layer, ModulesToSaveWrapper):
                 chosen = adapter_names or layer.active_adapters
@@ -224,6 +227,7 @@ class Adapters:
             elif not merge and layer.merged:
                 layer.unmerge()
             inject.put(root, path, layer.release())
+        penalties.detach(root)
         return root
 
     # queries

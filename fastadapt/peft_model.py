@@ -238,10 +238,6 @@ class PeftModel(Adapters, nn.Module):
                 raise
             return getattr(self.base_model, name)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # the joint class cannot be found by name
-        return _rebuild, (_own(type(self)),), self.__dict__
-
 
 class PeftModelForCausalLM(PeftModel):
     """For ``task_type="CAUSAL_LM"``."""
@@ -309,7 +305,8 @@ def joint(cls: Any) -> Any:
     other = getattr(peft, cls.__name__, None)
     if other is None or issubclass(cls, other):
         return cls
-    return type(cls.__name__, (cls, other), {"__module__": cls.__module__, "_own": cls})
+    members = {"__module__": cls.__module__, "_own": cls, "__reduce_ex__": _reduce}
+    return type(cls.__name__, (cls, other), members)
 
 
 @cache
@@ -330,10 +327,11 @@ def _class_for(config: Any) -> type[PeftModel]:
     return BY_TASK[TaskType(config.task_type)] if config.task_type else PeftModel
 
 
-def _own(cls: type[Any]) -> type[Any]:
-    return getattr(cls, "_own", cls)
+def _reduce(self: Any, protocol: Any) -> Any:
+    """How a copy or a pickle is made: the joint class cannot be found by name, our own can."""
+    return _rebuild, (type(self)._own,), self.__dict__
 
 
-def _rebuild(cls: type[PeftModel]) -> PeftModel:
-    return cls.__new__(cls)
+def _rebuild(cls: type[Any]) -> Any:
+    return object.__new__(joint(cls))
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastadapt import inject
+from fastadapt.adapter import Adapter
 
 
 class Penalty:
@@ -35,10 +36,19 @@ class Penalty:
         return None
 
 
-def attach(root: nn.Module, name: str, config: Any) -> None:
-    """Add the penalties of the adapter ``name`` to the losses of ``root``."""
-    hook = Penalty(name, config)
+def attach(root: nn.Module, name: str, made: inject.Plan) -> None:
+    """Add the penalties of the adapter ``name``, where its method has one, to root's losses."""
+    cls = type(next(iter(made.adapters.values())))
+    if not any("penalty" in c.__dict__ for c in cls.__mro__ if c is not Adapter):
+        return
+    hook = Penalty(name, made.config)
     hook.handle = root.register_forward_hook(hook)
+
+
+def detach(root: nn.Module) -> None:
+    """Forget every penalty of ``root``."""
+    for hook in [h for h in root._forward_hooks.values() if isinstance(h, Penalty)]:
+        hook.handle.remove()
 
 
 def trains(adapter: Any) -> bool:

@@ -164,9 +164,19 @@ def test_a_name_is_taken_once(door: Door) -> None:
     with pytest.raises(LifecycleError, match="already exists"):
         model.add_adapter("default", config())
     for name in ("a.b", "", "__base__", None, 3):
-        with pytest.raises((LifecycleError, fastadapt.ConfigError)):
-            model.add_adapter(name, config()) if name else model.add_adapter(config(), name="")
+        with pytest.raises((LifecycleError, fastadapt.ConfigError), match="expected"):
+            model.add_adapter(name, config())
     tiny.assert_same(model, before)
+
+
+@both_doors
+def test_a_bad_first_name_leaves_the_model_alone(door: Door) -> None:
+    model = tiny.model()
+    before = tiny.snapshot(model)
+    for name in ("a.b", "", "__base__"):
+        with pytest.raises(LifecycleError, match="expected an adapter name"):
+            door(model, config(), name)
+        tiny.assert_same(model, before)
 
 
 @both_doors
@@ -250,12 +260,12 @@ def test_doors_do_not_mix() -> None:
     patched, wrapped = adapted(fastadapt.patch), adapted(fastadapt.get_peft_model)
     for model in (patched, wrapped):
         before = tiny.snapshot(model)
-        with pytest.raises(LifecycleError, match="adapters already"):
+        with pytest.raises(LifecycleError, match="has adapters"):
             fastadapt.get_peft_model(model, config())
         tiny.assert_same(model, before)
-    with pytest.raises(LifecycleError, match="adapters already"):
+    with pytest.raises(LifecycleError, match="has adapters"):
         fastadapt.patch(wrapped, config())
-    with pytest.raises(LifecycleError, match="adapters already"):
+    with pytest.raises(LifecycleError, match="has adapters"):
         fastadapt.patch(wrapped.get_base_model(), config())
     with pytest.raises(LifecycleError, match="expected a model that fastadapt patched"):
         fastadapt.unpatch(tiny.model())
@@ -312,33 +322,435 @@ def test_merging_keeps_outputs_and_unmerging_the_bits(door: Door, fmt: str, dora
     bits = {n: t.detach().clone() for n, t in tiny.tensors(model)}
     before = logits(model)
     model.merge_adapter()
-    merged = logits(model)
+    during = logits(model)
     assert all(layer.merged for layer in layers(model))
     model.unmerge_adapter()
     after = dict(tiny.tensors(model))
     assert list(after) == list(bits)
     assert all(torch.equal(after[n], t) and after[n].dtype == t.dtype for n, t in bits.items())
     assert torch.equal(logits(model), before)
-    with model.disable_adapter():
-        effect = (logits(model) - before).norm()
-    # what is lost is what rounding the merged weights to their format loses: bf16 keeps 8 bits,
-    # a 4-bit or int8 weight may lose all but the direction, so its own rounding is the measure
-    assert (merged - before).norm() <= rounding(model, fmt, before) + effect * 2**-16
+    exact = (tiny.model() if fmt == "fp32" else tiny.dequantised(tiny.model(fmt=fmt))).double()
+    plain = tiny.model(fmt=fmt).eval()
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if isinstance(layer, AdaptedLayer):
+                name = name.removeprefix("base_model.model.")
+                w = merged(exact.get_submodule(name).weight, layer)
+                exact.get_submodule(name).weight.copy_(w)
+                stored(plain.get_submodule(name), w)
+    testing.check(during, logits(plain), logits(exact.eval()))
 
 
-def rounding(model: Any, fmt: str, before: Tensor) -> Tensor:
-    """How far outputs move when the merged weights are exact up to one rounding to the format,
-    measured on a float64 model: the merged weights rounded there, against those not rounded."""
-    exact = (tiny.dequantised(tiny.model(fmt=fmt), "llama") if fmt in ("nf4", "int8")
-             else tiny.model(fmt=fmt).double()).eval()  # fmt: skip
-    for layer, plain in zip(layers(model), linears(exact), strict=True):
-        with torch.no_grad():
-            w, _ = layer.stack(["default"]).read()
-            layer.frozen.write(w, None)
-            plain.weight.copy_(layer.frozen.read()[0])
-            layer.frozen.restore(layer_bits[0]) if (layer_bits := [None])[0] else None
-    return (logits(exact) - before).norm()
+def merged(w: Tensor, layer: Any) -> Tensor:
+    """W + s B A, in float64, and DoRA's m (W + s B A) / its row norms."""
+    a, b = (part["default"].weight.double() for part in (layer.lora_A, layer.lora_B))
+    w = w + layer.scaling["default"] * b @ a
+    if "lora_magnitude_vector" not in layer.adapter_layer_names:
+        return w
+    m = layer.lora_magnitude_vector["default"].weight.double()
+    return w * (m / w.norm(dim=1)).unsqueeze(1)
 
 
-def linears(model: Any) -> list[nn.Module]:
-    return [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+def stored(layer: nn.Module, w: Tensor) -> None:
+    """The weight in the layer's own format, by bitsandbytes itself."""
+    old = layer.weight
+    if old.is_floating_point():
+        old.copy_(w)
+    elif type(old).__name__ == "Params4bit":
+        made = type(old)(w.float(), requires_grad=False, blocksize=old.blocksize,
+                         quant_type=old.quant_type, compress_statistics=True).to("cpu")  # fmt: skip
+        made.quant_state.dtype = old.quant_state.dtype
+        layer.weight, layer.quant_state = made, made.quant_state
+    else:
+        layer.weight = type(old)(w.float(), requires_grad=False, has_fp16_weights=False).to("cpu")
+        layer.state.CB = layer.state.SCB = None
+        layer.init_8bit_state()
+
+
+@both_doors
+def test_merging_one_then_the_other(door: Door) -> None:
+    model = adapted(door)
+    add(model)
+    before = {n: t.detach().clone() for n, t in tiny.tensors(model)}
+    set_all(model, ["default", "other"])
+    both, exact = logits(model), logits(copy.deepcopy(model).double())
+    model.merge_adapter(adapter_names=["default"])
+    assert all(layer.merged_adapters == ["default"] for layer in layers(model) if layer.merged)
+    model.merge_adapter(adapter_names=["other"])
+    testing.check(logits(model), both, exact)
+    with pytest.warns(UserWarning, match="Already merged"):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    assert all(torch.equal(t, before[n]) for n, t in tiny.tensors(model))
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        layers(model)[0].unmerge()
+
+
+@both_doors
+def test_switching_adapters_unmerges(door: Door) -> None:
+    model = adapted(door)
+    add(model)
+    model.set_adapter("other")
+    want = logits(model)
+    model.set_adapter("default")
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging"):
+        model.set_adapter("other")
+    assert torch.equal(logits(model), want)
+
+
+@both_doors
+def test_a_merge_that_is_not_finite_is_refused_and_changes_nothing(door: Door) -> None:
+    model = adapted(door)
+    last = layers(model)[-1]
+    with torch.no_grad():
+        last.lora_B["default"].weight[0, 0] = float("nan")
+    plain = {n: t.clone() for n, t in tiny.tensors(model) if "lora" not in n}
+    kind = type(model)
+    for call in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(LifecycleError, match="NaN"):
+            call(safe_merge=True)
+        assert type(model) is kind
+        assert not any(layer.merged for layer in layers(model))
+        now = dict(tiny.tensors(model))
+        assert all(torch.equal(now[n], t) for n, t in plain.items())
+
+
+@both_doors
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_merge_and_unload_gives_a_plain_model(door: Door, fmt: str) -> None:
+    model = adapted(door, fmt=fmt)
+    model.merge_adapter()
+    want = logits(model)
+    model.unmerge_adapter()
+    plain = model.merge_and_unload()
+    assert type(plain) is type(tiny.model(fmt=fmt))
+    assert list(plain.state_dict()) == list(tiny.model(fmt=fmt).state_dict())
+    assert torch.equal(logits(plain), want)
+    assert not layers(plain)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("way", ["unload", "unpatch", "wrapper", "merged"])
+def test_there_and_back(kind: str, fmt: str, way: str) -> None:
+    """Class, attributes, submodules, keys, bits and trainability, as if nothing had been."""
+    model = tiny.model(kind, fmt)
+    frozen = next(model.parameters())
+    frozen.requires_grad_(False)
+    before = tiny.snapshot(model)
+    state = {k: v for k, v in model.state_dict().items() if torch.is_tensor(v)}
+    fields = {"target_modules": "all-linear", "bias": "all", "use_dora": True}
+    door = fastadapt.get_peft_model if way == "wrapper" else fastadapt.patch
+    made = door(model, config(**fields, task_type="SEQ_CLS" if kind == "bert" else None))
+    tiny.randomise(made)
+    made.train()(**tiny.batch(kind)).loss.backward()
+    if way == "merged":
+        made.merge_adapter()
+    back = fastadapt.unpatch(made) if way == "unpatch" else made.unload()
+    assert back is model
+    model.zero_grad()
+    if way == "wrapper":
+        # PEFT's unload leaves what it froze frozen, and so does ours
+        before["trainable"] = [n for n, p in model.named_parameters() if p.requires_grad]
+    tiny.assert_same(model, before)
+    now = model.state_dict()
+    assert list(now) == list(before_keys(kind, fmt))
+    assert all(torch.equal(now[k], v) for k, v in state.items())
+
+
+def before_keys(kind: str, fmt: str) -> Any:
+    return tiny.model(kind, fmt).state_dict()
+
+
+# tied embeddings
+
+
+@both_doors
+def test_an_adapter_on_a_tied_embedding(door: Door, tmp_path: Any) -> None:
+    """Merging into one of two tied layers unties them; the saved model says so."""
+    from transformers import AutoModelForCausalLM
+
+    model = adapted(door, "tied", target_modules=["embed_tokens", "q_proj"])
+    before, exact = logits(model), logits(copy.deepcopy(model).double())
+    plain = model.merge_and_unload()
+    assert plain.lm_head.weight is not plain.model.embed_tokens.weight
+    assert not plain.config.tie_word_embeddings
+    testing.check(logits(plain), before, exact)
+    plain.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again), logits(plain))
+
+
+def test_tied_embeddings_stay_tied_without_a_merge() -> None:
+    model = tiny.model("tied")
+    fastadapt.unpatch(fastadapt.patch(model, config(target_modules=["embed_tokens", "q_proj"])))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings
+
+
+# mixed batches
+
+
+@both_doors
+def test_rows_through_their_own_adapters(door: Door) -> None:
+    model = adapted(door)
+    add(model)
+    names = ["other", "__base__", "default", "other"]
+    inputs = tiny.batch(rows=4)
+    inputs.pop("labels")
+    wide = copy.deepcopy(model).double()
+    with torch.no_grad():
+        mixed = run(model, names, **inputs)
+        for i, name in enumerate(names):
+            row = {k: v[i : i + 1] for k, v in inputs.items()}
+            want, exact = alone(model, name, **row), alone(wide, name, **row)
+            testing.check(mixed[i : i + 1], want, exact, what=name)
+
+
+@both_doors
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generation_with_an_adapter_for_each_row(door: Door, beams: int) -> None:
+    model = adapted(door)
+    add(model)
+    names = ["other", "__base__", "default"]
+    inputs = tiny.batch(rows=3, length=5)
+    inputs.pop("labels")
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": beams}
+    if door is fastadapt.patch:
+        with model.mixed_batch(names, repeat=beams):
+            mixed = model.generate(**inputs, **options)
+    else:
+        mixed = model.generate(**inputs, **options, adapter_names=names)
+    for i, name in enumerate(names):
+        row = {k: v[i : i + 1] for k, v in inputs.items()}
+        with active(model, name):
+            assert torch.equal(model.generate(**row, **options)[0], mixed[i]), name
+
+
+@both_doors
+def test_mixed_batches_that_cannot_be(door: Door) -> None:
+    model = adapted(door)
+    inputs = tiny.batch(rows=2)
+    with pytest.raises(LifecycleError, match="nobody"):
+        run(model, ["default", "nobody"], **inputs)
+    with pytest.raises(LifecycleError, match="Length of `adapter_names`"):
+        run(model, ["default"], **inputs)
+    model.merge_adapter()
+    with pytest.raises(LifecycleError, match="merged"):
+        run(model, ["default", "default"], **inputs)
+    model.unmerge_adapter()
+    logits(model)
+
+
+# copies, modes, views
+
+
+@both_doors
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies(door: Door, fmt: str, how: str) -> None:
+    model = adapted(door, fmt=fmt, use_dora=True)
+    add(model)
+    before = logits(model)
+    made = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert type(made) is type(model)
+    assert torch.equal(logits(made), before)
+    assert trainable(made) == trainable(model)
+    # nothing is shared: neither parameters nor states
+    with torch.no_grad():
+        for _, parameter in tiny.adapter_parameters(made):
+            parameter.zero_()
+    made.set_adapter("other")
+    if how == "deepcopy" or fmt == "fp32":
+        # (a pickle of a bitsandbytes weight comes back as a plain Parameter)
+        made.merge_adapter()
+    assert torch.equal(logits(model), before)
+    assert not any(layer.merged for layer in layers(model))
+    if door is fastadapt.patch:
+        assert type(fastadapt.unpatch(made)) is type(tiny.model(fmt=fmt))
+
+
+@both_doors
+def test_a_copy_of_a_merged_model_unmerges(door: Door) -> None:
+    model = adapted(door)
+    before = logits(model)
+    model.merge_adapter()
+    made = copy.deepcopy(model)
+    made.unmerge_adapter()
+    assert torch.equal(logits(made), before)
+
+
+@both_doors
+def test_dropout_only_in_training(door: Door) -> None:
+    model = adapted(door, lora_dropout=0.5)
+    before = logits(model)
+    assert torch.equal(before, logits(model))
+    model.train()
+    assert not torch.equal(logits(model), logits(model))
+    torch.manual_seed(7)
+    one = logits(model)
+    torch.manual_seed(7)
+    assert torch.equal(logits(model), one)
+    assert torch.equal(logits(model.eval()), before)
+
+
+@both_doors
+def test_casting_the_model(door: Door) -> None:
+    """`.to()` replaces tensors; an adapter holds none of its own."""
+    model = adapted(door, use_dora=True)
+    before = logits(model)
+    wide = logits(model.double())
+    assert wide.dtype == torch.float64
+    testing.check(before, logits(adapted(door, use_dora=True)), wide)
+    assert torch.equal(logits(model.float()), before)
+
+
+@both_doors
+def test_reference_is_a_view_of_the_base(door: Door) -> None:
+    model = adapted(door)
+    before, plain = logits(model), logits(tiny.model().eval())
+    view = fastadapt.reference(model)
+    assert torch.equal(view(**tiny.batch()).logits, plain)
+    assert not view(**tiny.batch()).logits.requires_grad
+    assert [p.data_ptr() for p in view.parameters()] == [p.data_ptr() for p in model.parameters()]
+    assert isinstance(view, type(model))
+    model.train()
+    view.eval()
+    assert model.training
+    model.eval()
+    assert torch.equal(logits(model), before)
+    with torch.no_grad():
+        for _, parameter in tiny.adapter_parameters(model):
+            parameter.add_(1)
+    assert torch.equal(view(**tiny.batch()).logits, plain)
+    with pytest.raises(LifecycleError, match="fastadapt adapted"):
+        fastadapt.reference(tiny.model())
+
+
+# training
+
+
+@both_doors
+@pytest.mark.parametrize("fmt", ["fp32", "nf4"])
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
+def test_gradient_checkpointing_keeps_gradients(door: Door, fmt: str, reentrant: bool) -> None:
+    """With dropout: the mask is drawn again from the same state."""
+    want = gradients(adapted(door, fmt=fmt, lora_dropout=0.2))
+    model = adapted(door, fmt=fmt, lora_dropout=0.2)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    got = gradients(model)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[n], g) for n, g in want.items())
+
+
+@pytest.mark.parametrize("fmt", ["fp32", "nf4"])
+def test_a_compiled_block_is_the_same(fmt: str) -> None:
+    """Forward and backward through aot_eager, without a break in the graph."""
+    model = adapted(fastadapt.patch, fmt=fmt, target_modules="all-linear")
+    block = model.model.layers[0].mlp
+    x = torch.randn(2, 5, tiny.HIDDEN).to(model.dtype)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    want, got = step(block, x), step(compiled, x)
+    torch._dynamo.reset()
+    base = tiny.model() if fmt == "fp32" else tiny.dequantised(tiny.model(fmt=fmt))
+    wide = fastadapt.patch(base.double(), config(target_modules="all-linear"))
+    exact = step(copied(wide, model).model.layers[0].mlp, x.double())
+    for name, value in want.items():
+        testing.check(got[name], value, exact[name], what=name)
+
+
+@pytest.mark.slow
+@both_doors
+def test_a_compiled_model_is_the_same(door: Door) -> None:
+    model = adapted(door)
+    want = gradients(model)
+    torch._dynamo.reset()
+    got = gradients(torch.compile(model, backend="aot_eager", fullgraph=True))
+    torch._dynamo.reset()
+    exact = gradients(copied(door(tiny.model().double(), config()), model))
+    for name, grad in want.items():
+        testing.check(got[name], grad, exact[name], what=name)
+
+
+@both_doors
+def test_amp(door: Door) -> None:
+    """Under autocast gradients are those of PEFT's order of things: finite, in the parameters'
+    dtype, and close to the plain ones within bf16's own rounding."""
+    model = adapted(door)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.train()(**tiny.batch()).loss
+    loss.backward()
+    for name, parameter in tiny.adapter_parameters(model):
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32
+        assert torch.isfinite(parameter.grad).all()
+
+
+@both_doors
+def test_one_line_about_parameters(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
+    model = adapted(door)
+    model.print_trainable_parameters()
+    trained, total = model.get_nb_trainable_parameters()
+    line = f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: "
+    assert capsys.readouterr().out == f"{line}{100 * trained / total:.4f}\n"
+    assert trained == sum(p.numel() for _, p in tiny.adapter_parameters(model))
+
+
+# helpers
+
+
+def set_all(model: Any, names: list[str]) -> None:
+    """Several at once: PEFT's wrapper takes them on its inner model."""
+    getattr(model, "base_model", model).set_adapter(names) if isinstance(
+        model, fastadapt.PeftModel
+    ) else model.set_adapter(names)
+
+
+def run(model: Any, names: list[str], **inputs: Tensor) -> Tensor:
+    if isinstance(model, fastadapt.PeftModel):
+        return model(**inputs, adapter_names=names).logits  # type: ignore[no-any-return]
+    with model.mixed_batch(names):
+        return model(**inputs).logits  # type: ignore[no-any-return]
+
+
+def alone(model: Any, name: str, **inputs: Tensor) -> Tensor:
+    with active(model, name):
+        return model(**inputs).logits  # type: ignore[no-any-return]
+
+
+def active(model: Any, name: str) -> Any:
+    if name == "__base__":
+        return model.disable_adapter()
+    model.set_adapter(name)
+    return warnings.catch_warnings()
+
+
+def copied(model: Any, source: Any) -> Any:
+    given = dict(tiny.adapter_parameters(source))
+    with torch.no_grad():
+        for name, parameter in tiny.adapter_parameters(model):
+            parameter.copy_(given[name])
+    return model
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    model.train()
+    model.zero_grad()
+    torch.manual_seed(3)
+    model(**tiny.batch()).loss.backward()
+    return {n.removeprefix("_orig_mod."): p.grad.clone() for n, p in model.named_parameters()
+            if p.grad is not None}  # fmt: skip
+
+
+def step(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The output and every gradient, the input's too."""
+    x = x.clone().requires_grad_()
+    y = block(x)
+    block.zero_grad()
+    y.backward(torch.ones_like(y))
+    grads = {n.removeprefix("_orig_mod."): p.grad.clone() for n, p in block.named_parameters()
+             if p.grad is not None}  # fmt: skip
+    return {"y": y.detach(), "dx": x.grad, **grads}

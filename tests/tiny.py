@@ -111,7 +111,7 @@ def adapter_parameters(adapted: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
     return ((n, p) for n, p in adapted.named_parameters() if "lora_" in n)
 
 
-def dequantised(quantised: Any, kind: str) -> Any:
+def dequantised(quantised: Any, kind: str = "llama") -> Any:
     """The model that a quantised one stands for, in float64: the oracle."""
     from bitsandbytes.functional import dequantize_4bit
 

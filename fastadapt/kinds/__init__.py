@@ -10,8 +10,9 @@ from fastadapt.kinds.conv1d import Conv1dGpt2
 from fastadapt.kinds.embedding import Embedding
 from fastadapt.kinds.kind import Kind
 from fastadapt.kinds.linear import Linear
+from fastadapt.kinds.norm import Norm
 
-KINDS: tuple[type[Kind], ...] = (Linear, Conv1dGpt2, Embedding, Conv)
+KINDS: tuple[type[Kind], ...] = (Linear, Conv1dGpt2, Embedding, Conv, Norm)
 
 
 def kind_of(layer: nn.Module) -> Kind | None:

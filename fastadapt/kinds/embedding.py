@@ -27,8 +27,10 @@ class Embedding(Kind):
 
     def apply(self, x: Tensor, w: Tensor) -> Tensor:
         layer = self.layer
+        # a smaller table has rows that stand for several tokens: none of them is the padding
+        padding = layer.padding_idx if w.shape[1] == layer.num_embeddings else None
         rows = F.embedding(
-            x, w.t(), padding_idx=layer.padding_idx, max_norm=layer.max_norm,
+            x, w.t(), padding_idx=padding, max_norm=layer.max_norm,
             norm_type=layer.norm_type, scale_grad_by_freq=layer.scale_grad_by_freq,
             sparse=layer.sparse,
         )  # fmt: skip

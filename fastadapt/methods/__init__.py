@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 METHODS = {
     "LORA": "lora:Lora",
     "VERA": "vera:Vera",
+    "WAVEFT": "waveft:WaveFT",
     "TINYLORA": "tinylora:TinyLora",
     "UNILORA": "unilora:UniLora",
     "PVERA": "pvera:Pvera",
@@ -23,19 +24,32 @@ METHODS = {
     "FOURIERFT": "fourierft:FourierFT",
     "VBLORA": "vblora:VBLoRA",
     "IA3": "ia3:IA3",
+    "LN_TUNING": "ln_tuning:LNTuning",
+    "HIRA": "hira:Hira",
+    "MISS": "miss:Miss",
     "ADALORA": "adalora:AdaLora",
     "LOKR": "lokr:LoKr",
     "LOHA": "loha:LoHa",
     "OFT": "oft:OFT",
     "HRA": "hra:HRA",
     "BOFT": "boft:BOFT",
+    "ROAD": "road:Road",
+    "SHIRA": "shira:Shira",
+    "DELORA": "delora:Delora",
+    "GRALORA": "gralora:Gralora",
+    "BEFT": "beft:Beft",
+    "DEFT": "deft:Deft",
 }
 """PEFT's type -> module of this package : class."""
+
+RENAMED = {"BONE": "MISS"}
+"""Types of earlier PEFT releases, as their files have them -> the type now."""
 
 
 def method_of(peft_type: Any) -> type[Adapter]:
     """The adapter class that a ``peft_type`` names."""
     name = str(getattr(peft_type, "value", peft_type))
+    name = RENAMED.get(name, name)
     if name not in METHODS:
         from fastadapt.config import PeftType
 

@@ -5,7 +5,7 @@
 
 The loss has w mean(||A A^T - I||, ||B^T B - I||) over all layers. After each backward, importances
 |p dL/dp| are smoothed (mean and deviation); as the budget falls from init_r to target_r a layer, by
-a cubic, the triplets (row of A, E, column of B) that matter least get E = 0. Files hold what is left.
+a cubic, the triplets (row of A, E, column of B) that matter least get E = 0. Files hold the rest.
 Source: AdaLoRA (arXiv 2303.10512).
 """
 
@@ -27,10 +27,11 @@ from fastadapt.methods.lora import LoraConfig
 from fastadapt.methods.pair import PairAdapter, drop_part
 from fastadapt.targets import DEFAULT_TARGETS
 
-_DIFFERENT: dict[str, list[str] | None] = {
+_DIFFERENT: dict[str, list[str] | str] = {
     "t5": ["q", "k", "v", "o", "wi", "wo"],
     "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
-    **dict.fromkeys(("bart", "opt"), ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]),
+    "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
     "roberta": ["query", "key", "value", "dense"],
     "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
 }
@@ -41,8 +42,8 @@ class AdaLoraConfig(LoraConfig):
     """PEFT's AdaLoraConfig, on top of LoraConfig's fields (``r`` is not used, init_r is).
 
     target_r, init_r: ranks a layer at the end (on average) and at the start; total_step: all steps
-    of the run, needed; tinit, tfinal: steps before and after the budget falls; deltaT: steps between
-    two cuts; beta1, beta2: of the smoothed mean and deviation; orth_reg_weight: w;
+    of the run, needed; tinit, tfinal: steps before and after the budget falls; deltaT: steps
+    between two cuts; beta1, beta2: of the smoothed mean and deviation; orth_reg_weight: w;
     rank_pattern: path + ".lora_E" -> which ranks are kept, written by ``update_and_allocate``.
     """
 
@@ -51,7 +52,7 @@ class AdaLoraConfig(LoraConfig):
     init_r: int = 12
     tinit: int = 0
     tfinal: int = 0
-    deltaT: int = 1  # noqa: N815
+    deltaT: int = 1
     beta1: float = 0.85
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
@@ -90,7 +91,7 @@ class AdaLoraConfig(LoraConfig):
         made.rank = self.init_r if kept is None else sum(kept)
         return made
 
-    rank: ClassVar[int] = -1
+    rank = -1
     """Here, on this layer: set by ``at``."""
 
     @property
@@ -139,8 +140,7 @@ class AdaLora(PairAdapter):
 
     @property
     def scale(self) -> float:  # type: ignore[override]
-        scaling: float = self["scaling"]
-        return scaling / (self["ranknum"] + 1e-5)
+        return float(self["scaling"] / (self["ranknum"] + 1e-5))
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         return self["lora_A"] * self["lora_E"], self["lora_B"]
@@ -153,7 +153,8 @@ class AdaLora(PairAdapter):
 
     def from_file(self, part: str, forms: dict[str, Tensor]) -> Tensor:
         whole: Tensor = self[part].detach().clone()
-        rows = () if self.kept is None else self.kept.nonzero().flatten().to(whole.device)
+        kept = torch.ones(whole.shape[int(part == "lora_B")]) if self.kept is None else self.kept
+        rows = kept.nonzero().flatten().to(whole.device)
         return whole.index_copy_(int(part == "lora_B"), rows, forms[""].to(whole))
 
     @classmethod

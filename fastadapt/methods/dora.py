@@ -35,8 +35,8 @@ class Dora(Lora):
     def build(self, base: Base, shared: Any) -> None:
         if base.groups > 1:
             raise UnsupportedError(
-                "use_dora=True on a convolution with groups: the update of its low-rank pair is not "
-                "a weight of the layer's shape, so that W + s B A has no rows to take the norm of"
+                "use_dora=True on a convolution with groups: the update of its low-rank pair is "
+                "not a weight of the layer's shape, so that W + s B A has no rows to take the norm of"
             )
         super().build(base, shared)
         out, _, *kernel = base.shape

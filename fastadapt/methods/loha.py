@@ -20,7 +20,12 @@ from fastadapt.base import Base
 from fastadapt.config import PeftType
 from fastadapt.errors import ConfigError
 from fastadapt.methods.lycoris import (
-    Lycoris, LycorisConfig, core_product, core_shape, empty, uniform_,
+    Lycoris,
+    LycorisConfig,
+    core_product,
+    core_shape,
+    empty,
+    uniform_,
 )  # fmt: skip
 
 

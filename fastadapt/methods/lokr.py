@@ -21,7 +21,12 @@ from fastadapt.base import Base
 from fastadapt.config import PeftType
 from fastadapt.methods import fields
 from fastadapt.methods.lycoris import (
-    Lycoris, LycorisConfig, core_product, core_shape, empty, uniform_,
+    Lycoris,
+    LycorisConfig,
+    core_product,
+    core_shape,
+    empty,
+    uniform_,
 )  # fmt: skip
 from fastadapt.ops.precision import compute_dtype
 
@@ -71,8 +76,8 @@ class LoKr(Lycoris):
         else:
             self._two = "pair"
             parts["lokr_w2_a"], parts["lokr_w2_b"] = empty(b, r), empty(r, d * size)
-        # PEFT multiplies a conv1d's full W2 axis by axis from the right, (1, a, c) (x) (b, d, kernel),
-        # and calls the result (out, in, kernel); its files mean that
+        # PEFT multiplies a conv1d's full W2 axis by axis from the right, (1, a, c) (x)
+        # (b, d, kernel), and calls the result (out, in, kernel); its files mean that
         self._scrambled = self._two == "full" and len(kernel) == 1
         self._one = "full" if "lokr_w1" in parts else "pair"
         zero = ""
@@ -120,7 +125,7 @@ class LoKr(Lycoris):
         y, work = base(x), compute_dtype(x)
         one, two = self.factors()
         one, two = (one * self["scaling"]).to(work), two.to(work)
-        a, _, c, d = self["pieces"]
+        c, d = self["pieces"][2:]
         if len(base.shape) == 2:
             pieces = F.linear(x.to(work).reshape(*x.shape[:-1], c, d), two)
             extra = F.linear(pieces.transpose(-1, -2), one).transpose(-1, -2).flatten(-2)

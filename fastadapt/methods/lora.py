@@ -172,8 +172,8 @@ class Lora(DeltaAdapter):
         a, b = self.pair()
         if b.shape[1] != a.shape[0]:
             raise UnsupportedError(
-                "LoRA on a convolution with groups cannot be merged: its A sees every input channel, "
-                "so that B A is not a weight of the layer's shape"
+                "LoRA on a convolution with groups cannot be merged: its A sees every input "
+                "channel, so that B A is not a weight of the layer's shape"
             )
         return compose(a, b) * scale
 

@@ -77,7 +77,8 @@ class Pvera(PairAdapter):
         config: PveraConfig = self.config
         if base.groups > 1:
             raise UnsupportedError(
-                "PVeRA draws z from all input channels, which a grouped convolution does not see"
+                "PVeRA is not supported for a grouped convolution: z is drawn from all input "
+                "channels, of which a group sees its own"
             )
         self.identity_at_init = config.init_weights  # type: ignore[misc]
         b, d = torch.ones(base.shape[0]), torch.randn(2 * config.r)

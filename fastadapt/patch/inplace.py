@@ -130,8 +130,12 @@ def patch(
     patched.__class__ = _patched_class(type(model))  # type: ignore[arg-type]
     patched.__dict__["_configs"] = {}
     patched.__dict__["_trainable_before"] = trainable
-    patched._check_new(adapter_name, config)
-    patched._attach(made, adapter_name, autocast_adapter_dtype)
+    try:
+        patched._check_new(adapter_name, config)
+        patched._attach(made, adapter_name, autocast_adapter_dtype)
+    except BaseException:
+        patched.unload()
+        raise
     from fastadapt.patch import ecosystem
 
     ecosystem.entered(patched)

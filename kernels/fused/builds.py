@@ -1,47 +1,172 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to compile ahead of time, one row a kernel: its argument types, its variants, its laws.
+"""What is compiled ahead of time, one row a kernel: the types of its arguments, and its variants.
 
-A row's variants take their tile sizes, warps and stages from the table that the launcher of the
-kernel reads, so what is compiled here is what a GPU runs. ``bench/aot.py`` compiles the rows.
+Tile sizes, warps and stages come from the tables that the launchers read, so that what is compiled
+here is what a GPU runs. ``bench/aot.py`` compiles the rows and holds them to the laws.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from . import dropout, low_rank, nf4, row_norm
+import torch
 
-DTYPES = {"bf16": row_norm.tl.bfloat16, "fp16": row_norm.tl.float16, "fp32": row_norm.tl.float32}
+from . import dropout, low_rank, nf4, nf4_gemm, row_norm
+from .tiles import GEMM, INPUT_GRAD, TILES
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class Build(NamedTuple):
+class Variant(NamedTuple):
     """One specialisation of a kernel.
 
-    signature: argument -> type; ":16" divisible by 16, "1" the constant one; what is not named is
-               a constexpr
-    constants: constexpr -> value; options: of the compiler (num_warps, num_stages, ..)
-    dots:      tl.dot is used and its operands fit tensor cores (fp32 in full precision does not)
-    elements:  output or weight elements that one program (a loop: one round) works on
-    decodes:   these elements are 4-bit codes
-    default:   a size that models have; the others exist so that any size runs
+    fixed:    constexpr -> value, and the compiler's options
+    types:    arguments whose type is not the row's
+    dots:     it multiplies matrices
+    elements: weights or inputs that one round of its loop (without one: a program) works on
+    decodes:  these elements are 4-bit codes, and little else is done with them
+    quick:    in the default test run
     """
 
-    kernel: Any
     name: str
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    options: dict[str, Any]
-    dots: bool = False
+    fixed: dict[str, Any]
+    types: Mapping[str, str] = MappingProxyType({})
+    dots: bool = True
     elements: int = 0
     decodes: bool = False
-    default: bool = True
+    quick: bool = False
 
 
 class Row(NamedTuple):
-    """signature: "type name, ..", D stands for the dtype; variants: dtype -> builds."""
+    """signature: "type name, ..": D is the dtype; pointers, and integers without "?", are divisible
+    by 16, as the sizes of models are; "1 name" is the constant. variants: dtype -> variants."""
 
     kernel: Any
     signature: str
-    variants: Any
+    variants: Callable[[str], Iterator[Variant]]
+
+
+_RANKS = (16, 32, 64, 128, 256)
+_STATS = "*fp32 absmax, *fp32 code, *fp32 nested_absmax, *fp32 nested_code, *fp32 offset"
+_FLAT, _NESTED = ("flat", 0), ("nested", 256)
+
+
+def _dropout(dtype: str) -> Iterator[Variant]:
+    size = dropout.LAUNCH["BLOCK"]
+    yield Variant("", dropout.LAUNCH, dots=False, elements=size, quick=True)
+
+
+def _dequant(dtype: str) -> Iterator[Variant]:
+    fixed = {"QBLOCK": 64, "ROUND": nf4.TL_DTYPE[DTYPES[dtype]], "BLOCKS": nf4.TILE // 64}
+    for name, nested in (_FLAT, _NESTED):
+        yield Variant(
+            name, fixed | nf4.LAUNCH | {"NESTED_BLOCK": nested}, _absmax(nested), dots=False,
+            elements=nf4.TILE, decodes=True, quick=True,
+        )  # fmt: skip
+
+
+def _gemm(transposed: bool) -> Callable[[str], Iterator[Variant]]:
+    def variants(dtype: str) -> Iterator[Variant]:
+        size = GEMM[transposed, DTYPES[dtype].itemsize]
+        fixed = size.launch() | {"QBLOCK": 64, "ROUND": nf4.TL_DTYPE[DTYPES[dtype]]}
+        for tokens in (t for t in (16, 32, 64) if t <= size.tokens):
+            for name, nested in (_FLAT, _NESTED):
+                for whole in (None,) if transposed else (True, False):
+                    yield Variant(
+                        f"{tokens} tokens {name}{' ragged n' if whole is False else ''}",
+                        fixed | {"TOKENS": tokens, "NESTED_BLOCK": nested}
+                        | ({} if transposed else {"WHOLE": whole}),
+                        _absmax(nested), elements=size.out * size.depth,
+                        # in fp32 most instructions multiply
+                        decodes=whole is not False and dtype != "fp32",
+                        quick=bool(nested) and whole is not False and tokens != 32,
+                    )  # fmt: skip
+
+    return variants
+
+
+def _skinny(kernel: str, drops: tuple[bool, ...] = (False, True)) -> Any:
+    def variants(dtype: str) -> Iterator[Variant]:
+        for rank in _RANKS:
+            size = TILES[kernel][DTYPES[dtype].itemsize][rank]
+            for drop in drops:
+                more = {"DROP": drop} if len(drops) == 2 else {}
+                yield Variant(
+                    f"rank {rank}{' dropout' if drop else ''}",
+                    size.launch() | more | {"RANK": rank}, _seed(drop, dtype),
+                    elements=size.rows * size.columns, quick=rank == 16 and drop == drops[-1],
+                )  # fmt: skip
+
+    return variants
+
+
+def _input_grad(dtype: str) -> Iterator[Variant]:
+    size, step = INPUT_GRAD[DTYPES[dtype].itemsize]
+    for ranks in (r for r in _RANKS if r <= step):
+        for drop in (False, True):
+            yield Variant(
+                f"rank {ranks}{' dropout' if drop else ''}",
+                size.launch() | {"DROP": drop, "RANKS": ranks}, _seed(drop, dtype),
+                elements=size.rows * size.columns, quick=ranks == 16 and drop,
+            )  # fmt: skip
+
+
+def _row_norm(dtype: str) -> Iterator[Variant]:
+    for rank, size in TILES["row_norm"][DTYPES[dtype].itemsize].items():
+        fixed = size.launch() | {"RANK": rank, "ROUND": nf4.TL_DTYPE[DTYPES[dtype]]}
+        elements = size.rows * size.columns
+        yield Variant(
+            f"rank {rank} dense",
+            fixed | {"PACKED": False, "ALIGNED": False, "QBLOCK": 1, "NESTED_BLOCK": 0},
+            {"stride_column": "1"}, elements=elements, quick=rank == 16,
+        )  # fmt: skip
+        for name, nested in (_FLAT, _NESTED):
+            for aligned in (True, False):
+                unit = {"w": "*i32" if aligned else "*u8"}
+                yield Variant(
+                    f"rank {rank} {name}{'' if aligned else ' unaligned'}",
+                    fixed | {"PACKED": True, "ALIGNED": aligned, "QBLOCK": 64,
+                             "NESTED_BLOCK": nested, "enable_fp_fusion": False},
+                    unit | _absmax(nested), elements=elements,
+                    quick=rank == 16 and aligned and bool(nested),
+                )  # fmt: skip
+
+
+def _absmax(nested: int) -> dict[str, str]:
+    return {"absmax": "*u8"} if nested else {}
+
+
+def _seed(drop: bool, dtype: str) -> dict[str, str]:
+    """Where nothing is dropped, the launcher hands in another tensor for the seed."""
+    return {} if drop else {"seed": f"*{dtype}"}
+
+
+ROWS = (
+    Row(dropout.dropout_fwd_kernel,
+        "*D x, *i64 seed, *D y, i32 numel, i32? threshold, fp32 scale", _dropout),
+    Row(nf4.nf4_dequant_kernel,
+        f"*u8 packed, {_STATS}, *D out, i32 numel, i32 numel_bytes", _dequant),
+    Row(nf4_gemm.nf4_gemm_fwd_kernel,
+        f"*D x, *i32 words, {_STATS}, *fp32 parts, i32? m, i32 n, i32 k, i32 stride_x, i32? depth",
+        _gemm(True)),
+    Row(nf4_gemm.nf4_gemm_bwd_kernel,
+        f"*D g, *i32 words, {_STATS}, *fp32 parts, i32? m, i32 n, i32 k, i32 stride_g, i32? depth",
+        _gemm(False)),
+    Row(low_rank.down_kernel,
+        "*D x, *D a, *i64 seed, *fp32 parts, i32? m, i32 k, i32 r, i32 stride_x, i32? threshold, "
+        "fp32 scale, i32? depth", _skinny("down")),
+    Row(low_rank.up_grad_kernel,
+        "*D g, *D u, *D b, *fp32 du_parts, *fp32 db_parts, i32? m, i32 n, i32 r, i32 stride_g, "
+        "i32? depth", _skinny("up_grad", (False,))),
+    Row(low_rank.down_grad_kernel,
+        "*D x, *D du, *i64 seed, *fp32 parts, i32? m, i32 k, i32 r, i32 stride_x, i32? threshold, "
+        "fp32 scale, i32? depth", _skinny("down_grad")),
+    Row(low_rank.input_grad_kernel,
+        "*D du, *D a, *i64 seed, *D dx, i32? m, i32 k, i32 r, i32? threshold, fp32 scale",
+        _input_grad),
+    Row(row_norm.row_norm_kernel,
+        f"*D w, {_STATS}, *D a, *fp32 b, *fp32 gram_b, *fp32 norm, i32 n, i32 k, i32 r, "
+        "i32 stride_row, i32 stride_column, fp32 scale", _row_norm),
+)  # fmt: skip

@@ -171,9 +171,7 @@ def up_grad(g: Tensor, u: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tens
     return _summed(du_parts, g.dtype), _summed(db_parts, torch.float32).mul_(scale).to(b.dtype)
 
 
-def down_grad(
-    x: Tensor, du: Tensor, p: float, seed: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def down_grad(x: Tensor, du: Tensor, p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
     """dA = du^T drop(x): (r, k) in ``dtype``."""
     (m, k), r = x.shape, du.shape[1]
     if m == 0 or k == 0:

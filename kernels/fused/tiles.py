@@ -43,7 +43,7 @@ TILES: dict[str, dict[int, dict[int, Tile]]] = {
     "down_grad": {
         2: {16: _LARGE, 32: _LARGE, 64: _LARGE, 128: _LARGE, 256: _WIDE},
         4: {16: _SMALL, 32: _SMALL, 64: Tile(16, 64, 8, 2), 128: Tile(16, 32, 8, 2),
-            256: Tile(16, 16, 8, 2)},
+            256: Tile(16, 32, 8, 2)},
     },
     "row_norm": {
         2: {16: _LARGE, 32: _LARGE, 64: _WIDE, 128: _WIDE},
@@ -53,7 +53,7 @@ TILES: dict[str, dict[int, dict[int, Tile]]] = {
 }  # fmt: skip
 
 # input_grad adds up the rank in steps, its tile does not depend on it
-INPUT_GRAD: dict[int, tuple[Tile, int]] = {2: (_LARGE, 64), 4: (_SMALL, 16)}
+INPUT_GRAD: dict[int, tuple[Tile, int]] = {2: (_LARGE, 64), 4: (_SHALLOW, 16)}
 """bytes of an element -> (tile, the largest step)"""
 
 

@@ -53,5 +53,18 @@ CASES: dict[str, dict[str, Any]] = {
     ),
     "tinylora-unsaved": case("TinyLoraConfig", save_projection=False),
     "tinylora-gpt2": case("TinyLoraConfig", "gpt2"),
+    "waveft": case("WaveFTConfig", n_frequency=40, nf4=True),
+    "waveft-all": case(
+        "WaveFTConfig", **ALL, n_frequency=40, n_frequency_pattern={"up_proj": 90},
+        wavelet_family="db4", init_weights=False, random_loc_seed=3, lr=1e-3,
+        scaling=5.0,
+    ),
+    "waveft-sym": case("WaveFTConfig", **ALL, n_frequency=40, wavelet_family="sym6", lr=1e-3),
+    "waveft-coif": case(
+        "WaveFTConfig", **ALL, n_frequency=40, wavelet_family="coif2", proportional_parameters=True,
+        lr=1e-3,
+    ),
+    "waveft-plain": case("WaveFTConfig", n_frequency=40, use_idwt=False),
+    "waveft-gpt2": case("WaveFTConfig", "gpt2", n_frequency=40),
     "tinylora-embedding": case("TinyLoraConfig", target_modules=["embed_tokens", "q_proj"]),
 }

@@ -36,4 +36,27 @@ CASES: dict[str, dict[str, Any]] = {
     "boft-conv": case(
         "BOFTConfig", "conv", target_modules=["first", "point", "head"], bias="boft_only"
     ),
+    "road": case("RoadConfig", **ALL, group_size=16, nf4=True),
+    "road-2": case("RoadConfig", **ALL, group_size=8, variant="road_2", init_weights=False),
+    "road-4": case("RoadConfig", "bert", target_modules=["query", "key"], variant="road_4"),
+    "shira": case("ShiraConfig", **ALL, r=4, nf4=True),
+    "shira-seed": case("ShiraConfig", **ATTENTION, r=2, random_seed=5, init_weights=False),
+    "delora": case("DeloraConfig", **ALL),
+    "delora-random": case(
+        "DeloraConfig", **ALL, init_weights=False, rank_pattern={"q_proj": 3},
+        lambda_pattern={"v_proj": 2},
+    ),
+    "gralora": case("GraloraConfig", **ALL, r=8, alpha=4),
+    "gralora-4": case("GraloraConfig", **ALL, r=8, alpha=4, gralora_k=4, init_weights=False),
+    "gralora-hybrid": case("GraloraConfig", **ATTENTION, r=8, alpha=8, hybrid_r=3, gralora_k=2),
+    "gralora-gpt2": case("GraloraConfig", "gpt2", r=4, fan_in_fan_out=True),
+    "beft": case(
+        "BeftConfig", skip={"merge": "PEFT cannot merge into a layer that has no bias"}
+    ),
+    "beft-bert": case("BeftConfig", "bert", init_weights=False, nf4=False),
+    "deft": case("DeftConfig", **ALL, near=True),
+    "deft-qr": case("DeftConfig", **ALL, decomposition_method="qr", alpha=4, near=True),
+    "deft-random": case("DeftConfig", **ATTENTION, init_weights=False, init_scale=2.0),
+    "para": case("DeftConfig", **ATTENTION, para=True, r=4),
+    "deft-gpt2": case("DeftConfig", "gpt2", fan_in_fan_out=True, near=True),
 }

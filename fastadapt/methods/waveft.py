@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""WaveFT:  W' = W + s idwt2(S),  S zero but for n trained numbers at random places.
+
+    spectrum: (n,)  places: (2, n), the same in all layers of a shape
+
+One level of a 2-d transform is one along each side, so the update is  delta x = s T_out M T_in x:
+x is analysed, M takes one coefficient to one for each entry, y is synthesised, and delta W is never
+made. For backward x is kept, its coefficients made again.
+Source: WaveFT (arXiv 2505.12532).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fastadapt.adapter import Adapter
+from fastadapt.base import Base
+from fastadapt.config import AdapterConfig, PeftType
+from fastadapt.errors import ConfigError
+from fastadapt.methods import fields
+from fastadapt.methods.fourierft import MLP_OUT
+from fastadapt.methods.projection import size
+from fastadapt.methods.spectrum import gather_add, inner_products, positions
+from fastadapt.methods.wavelets import analyse, coefficients, filters, synthesise
+from fastadapt.targets import DEFAULT_TARGETS, pattern_value
+
+
+@dataclass
+class WaveFTConfig(AdapterConfig):
+    """PEFT's WaveFTConfig.
+
+    n_frequency: n; scaling: s; wavelet_family: db1 to db10, sym2 to sym10, coif1 to coif3;
+    use_idwt: False takes S itself for the update; random_loc_seed: of the places;
+    n_frequency_pattern: pattern -> n; proportional_parameters: n follows the size of the layer,
+    with ``n_frequency`` its mean; bias: "none", "all" or "waveft_only"; init_weights: True starts
+    at the identity. ``fan_in_fan_out`` has no effect: layers know how they store W.
+    """
+
+    n_frequency: int = 2592
+    scaling: float = 25.0
+    wavelet_family: str = "db1"
+    use_idwt: bool = True
+    random_loc_seed: int = 777
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    n_frequency_pattern: dict[str, int] = field(default_factory=dict)
+    proportional_parameters: bool = False
+    init_weights: bool = True
+
+    default_targets = {**DEFAULT_TARGETS, **MLP_OUT}  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.WAVEFT  # type: ignore[attr-defined]
+        self.n_frequency_pattern = dict(self.n_frequency_pattern or {})
+        fields.count(self, "n_frequency")
+        fields.choice(self, "bias", ("none", "all", "waveft_only"))
+        filters(self.wavelet_family)
+        if not isinstance(self.random_loc_seed, int):
+            raise ConfigError(f"random_loc_seed: expected an integer, got {self.random_loc_seed!r}")
+
+    def at(self, path: str) -> WaveFTConfig:
+        if not self.n_frequency_pattern:
+            return self
+        n = pattern_value(self.n_frequency_pattern, path, self.n_frequency)
+        return dataclasses.replace(self, n_frequency=n)
+
+
+class WaveFT(Adapter):
+    name, prefix, Config = "waveft", "waveft_", WaveFTConfig
+    constant = ("waveft_indices",)
+
+    @classmethod
+    def shared(cls, config: WaveFTConfig, bases: dict[str, Base]) -> dict[int, int]:
+        """Under each base's id its own n, when n follows the size."""
+        if not config.proportional_parameters:
+            return {}
+        counts = {id(b): size(b.shape)[0] * size(b.shape)[1] for b in bases.values()}
+        budget, total = config.n_frequency * len(bases), sum(counts.values())
+        return {key: max(1, round(count / total * budget)) for key, count in counts.items()}
+
+    def build(self, base: Base, shared: dict[int, int]) -> None:
+        config: WaveFTConfig = self.config
+        out, inner = size(base.shape)
+        n = shared.get(id(base), config.n_frequency)
+        if n > out * inner:
+            raise ConfigError(
+                f"`n_frequency` should be less than or equal to the product of the input and "
+                f"output dimensions but the value passed is {n} and the product is {out * inner}"
+            )
+        start = torch.zeros(n) if config.init_weights else torch.randn(n) * 0.01
+        places = positions(out, inner, n, config.random_loc_seed)
+        self.identity_at_init = config.init_weights  # type: ignore[misc]
+        self.parts = {
+            "waveft_spectrum": nn.Parameter(start),
+            "waveft_indices": nn.Parameter(places, requires_grad=False),
+        }
+        self.values = {
+            "waveft_n_frequency": n, "waveft_scaling": config.scaling,
+            "waveft_random_loc_seed": config.random_loc_seed, "waveft_use_idwt": config.use_idwt,
+            "waveft_wavelet_family": config.wavelet_family,
+        }  # fmt: skip
+
+    def file_key(self, part: str, leaf: str) -> str | None:
+        return None if part in self.constant else super().file_key(part, leaf)
+
+    def merged(self, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        delta = self._delta(tuple(w.shape))
+        return w.to(delta.dtype) + delta.to(w.device), bias
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        y = base(x)
+        if base.indexed or len(base.shape) > 2:
+            delta = self._delta(base.shape)
+            x = x if base.indexed else x.to(delta.dtype)
+            return y + base.apply(x, delta).to(y.dtype)
+        out, inner = base.shape
+        args = (self["waveft_spectrum"], *self._entries(out, inner), out, self._family)
+        made: Tensor = WaveFunction.apply(x, *args)  # type: ignore[no-untyped-call]
+        return y + (made * self["waveft_scaling"]).to(y.dtype)
+
+    @property
+    def _family(self) -> str | None:
+        return self["waveft_wavelet_family"] if self["waveft_use_idwt"] else None
+
+    def _entries(self, out: int, inner: int) -> tuple[Tensor, Tensor]:
+        """Target and source of each entry among the coefficients. S is PEFT's: in the middle of a
+        grid of 2 h numbers a side; its lower half is detail along the input and its right half
+        detail along the output, positions in each half alike."""
+        rows, columns = self["waveft_indices"]
+        if self._family is None:
+            return rows, columns
+        h, k = coefficients(out, self._family), coefficients(inner, self._family)
+        rows, columns = rows + (2 * h - out) // 2, columns + (2 * k - inner) // 2
+        return rows % h + h * (columns >= k), columns % k + k * (rows >= h)
+
+    def _delta(self, shape: tuple[int, ...]) -> Tensor:
+        spectrum: Tensor = self["waveft_spectrum"]
+        (out, inner), family = size(shape), self._family
+        places = self._entries(out, inner)
+        if family is None:
+            dense = spectrum.new_zeros(out, inner).index_put(places, spectrum)
+        else:
+            h, k = coefficients(out, family), coefficients(inner, family)
+            dense = spectrum.new_zeros(2 * h, 2 * k).index_put(places, spectrum)
+            dense = synthesise(synthesise(dense, out, family).t(), inner, family).t()
+        return (dense * self["waveft_scaling"]).reshape(shape)
+
+
+class WaveFunction(torch.autograd.Function):
+    """x: (..., in)  spectrum, target, source: (n,) -> idwt2(S) x: (..., out), at least fp32;
+    without a family the transform is the identity."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, spectrum: Tensor, target: Tensor, source: Tensor, out: int,
+        family: str | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, spectrum, target, source)
+        ctx.family = family
+        y = _through(_coefficients(x, family), spectrum, source, target, out, family)
+        return y.reshape(*x.shape[:-1], out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, spectrum, target, source = ctx.saved_tensors
+        h = _coefficients(g, ctx.family)
+        dx = ds = None
+        if ctx.needs_input_grad[0]:
+            dx = _through(h, spectrum, target, source, x.shape[-1], ctx.family)
+            dx = dx.reshape(x.shape).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            ds = inner_products(h, _coefficients(x, ctx.family), target, source)
+            ds = ds[:, 0].to(spectrum.dtype)
+        return dx, ds, None, None, None, None
+
+
+def _coefficients(x: Tensor, family: str | None) -> Tensor:
+    """(..., k) -> (2 h, tokens, 1)."""
+    rows = x.reshape(-1, x.shape[-1]).t()
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
+    return (rows if family is None else analyse(rows, family))[..., None]
+
+
+def _through(
+    h: Tensor, spectrum: Tensor, source: Tensor, target: Tensor, out: int, family: str | None
+) -> Tensor:
+    """Coefficients of the input -> the output, (tokens, out)."""
+    count = out if family is None else 2 * coefficients(out, family)
+    made = gather_add(h, source, target, spectrum.to(h.dtype)[:, None], count)[..., 0]
+    return (made if family is None else synthesise(made, out, family)).t()
