@@ -46,6 +46,9 @@ _NAMES = {
     "fastadapt.methods.gralora": "GraloraConfig",
     "fastadapt.methods.beft": "BeftConfig",
     "fastadapt.methods.deft": "DeftConfig",
+    "fastadapt.methods.glora": "GloraConfig",
+    "fastadapt.methods.peanut": "PeanutConfig",
+    "fastadapt.methods.lily": "LilyConfig",
     "fastadapt.peft_model": (
         "get_peft_model PeftModel PeftModelForCausalLM PeftModelForSeq2SeqLM "
         "PeftModelForSequenceClassification PeftModelForTokenClassification "

@@ -84,7 +84,7 @@ class Adapter:
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """The adapted layer at x."""
         w, bias = self.merged(*base.read())
-        y = base.apply(x, w.to(x.dtype) if x.is_floating_point() else w)
+        y = base.apply(x, w.to(x.dtype if x.is_floating_point() else base.dtype))
         return y if bias is None else y + base.channels(bias).to(y.dtype)
 
     def file_key(self, part: str, leaf: str) -> str | None:

@@ -41,6 +41,10 @@ class Base(Protocol):
         """The input has ``shape[1] * groups`` channels (1 but for grouped convolutions)."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the layer's weight, decoded: what a lookup by indices gives."""
+
+    @property
     def whole(self) -> bool:
         """Calling it is ``apply(x, w) + bias`` of what ``read`` gives, and reading is free."""
 
@@ -64,6 +68,9 @@ class Base(Protocol):
 
     def pair(self, r: int, bias: bool = False) -> Pair:
         """Fresh maps in -> r and r -> out."""
+
+    def orient(self, w: Tensor) -> Tensor:
+        """A weight as the layer stores it, in the form (out, in, *kernel), or back."""
 
     def copy(self) -> nn.Module:
         """The layer itself once more, to be trained; raises UnsupportedError when quantised."""
@@ -102,6 +109,10 @@ class FrozenLayer:
     @property
     def groups(self) -> int:
         return self.kind.groups
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
 
     @property
     def whole(self) -> bool:
@@ -156,13 +167,17 @@ class FrozenLayer:
     def pair(self, r: int, bias: bool = False) -> Pair:
         return self.kind.pair(r, bias)
 
+    def orient(self, w: Tensor) -> Tensor:
+        return self.kind.orient(w)
+
     def copy(self) -> nn.Module:
-        if not self.layer.weight.is_floating_point():
+        if not isinstance(self.weight.bits(), Dense):
             raise UnsupportedError(
                 f"a {self.weight.name} layer cannot be trained whole: its weight is quantised"
             )
         # on the device that new tensors get: "meta" while a file is only checked
-        return copy.deepcopy(self.layer).to(torch.empty(0).device)
+        made: nn.Module = copy.deepcopy(self.layer)
+        return made.to(torch.empty(0).device)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         return x if self.indexed or p == 0 else dropout(x, p)
@@ -205,6 +220,23 @@ class FrozenLayer:
         return bits
 
 
+def hold_weights(root: nn.Module) -> None:
+    """Ready every layer's weight for training, also of layers without an adapter: gradients pass
+    through them."""
+    for module in root.modules():
+        weight = format_of(module)
+        if weight is not None:
+            weight.attach()
+
+
+def release_weights(root: nn.Module) -> None:
+    """Undo ``hold_weights``."""
+    for module in root.modules():
+        weight = format_of(module)
+        if weight is not None:
+            weight.detach()
+
+
 class Stacked:
     """``adapter`` on ``base``: another base."""
 
@@ -222,6 +254,10 @@ class Stacked:
     @property
     def groups(self) -> int:
         return self.base.groups
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
 
     @property
     def whole(self) -> bool:
@@ -251,6 +287,9 @@ class Stacked:
 
     def pair(self, r: int, bias: bool = False) -> Pair:
         return self.base.pair(r, bias)
+
+    def orient(self, w: Tensor) -> Tensor:
+        return self.base.orient(w)
 
     def copy(self) -> nn.Module:
         return self.base.copy()

@@ -189,23 +189,33 @@ def adapter_state_dict(
 
 def save(
     root: nn.Module,
-    config: AdapterConfig,
-    name: str,
+    configs: dict[str, AdapterConfig],
     folder: str | os.PathLike[str],
     *,
-    state_dict: dict[str, Tensor] | None = None,
     safe_serialization: bool = True,
-    save_embedding_layers: bool | str = "auto",
+    **options: Any,
 ) -> None:
-    """Write adapter_model.safetensors and adapter_config.json, each whole or not at all.
+    """Write adapter_model.safetensors and adapter_config.json, each whole or not at all, of every
+    adapter in ``configs``: "default" into the folder, others into a subfolder of their name. All
+    are checked before the first is written. options: see ``adapter_state_dict``.
 
     Raises CheckpointError for an adapter that is empty or not finite, OutputError for a folder
     that cannot be written; files that were there then stand."""
-    tensors = adapter_state_dict(
-        root, config, name, state_dict=state_dict, save_embedding_layers=save_embedding_layers
-    )
-    _refuse(tensors, name)
-    folder = Path(folder)
+    held = {n: adapter_state_dict(root, c, n, **options) for n, c in configs.items()}
+    for name, tensors in held.items():
+        _refuse(tensors, name)
+    for name, tensors in held.items():
+        where = Path(folder) if name == "default" else Path(folder) / name
+        _write(root, configs[name], tensors, where, safe_serialization)
+
+
+def _write(
+    root: nn.Module,
+    config: AdapterConfig,
+    tensors: dict[str, Tensor],
+    folder: Path,
+    safe_serialization: bool,
+) -> None:
     if folder.is_file():
         raise OutputError(f"expected a directory to save to, got the file {folder}")
     ready = {k: t.to("cpu").contiguous().clone() for k, t in tensors.items()}
@@ -216,12 +226,17 @@ def save(
     metadata = {"format": "pt", _BASE: fingerprint(root)}
 
     def write(path: Path) -> None:
-        if safe_serialization:
-            from safetensors.torch import save_file
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
 
-            save_file(ready, path, metadata=metadata)
-        else:
-            torch.save(ready, path)
+        try:
+            if safe_serialization:
+                save_file(ready, path, metadata=metadata)
+            else:
+                torch.save(ready, path)
+        except (SafetensorError, RuntimeError) as error:
+            # what these libraries make of a full disk
+            raise OSError(str(error)) from error
 
     write_atomic(folder / (SAFETENSORS_NAME if safe_serialization else BIN_NAME), write)
     write_atomic(folder / CONFIG_NAME, text.encode())
@@ -281,20 +296,24 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
         f"{path} is a pickle; save the adapter again to get safetensors", FastAdaptWarning,
         stacklevel=4,
     )  # fmt: skip
-    import pickle
-
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:
+        # what a broken pickle raises has no bound: KeyError, OSError, UnpicklingError, ...
         raise CheckpointError(f"{path}: expected a pickle of tensors only, got {error}") from error
-    if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
-        raise CheckpointError(f"{path}: expected a dict of tensors, got {type(values).__name__}")
+    if not isinstance(values, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in values.items()
+    ):
+        raise CheckpointError(
+            f"{path}: expected a dict of tensors by name, got a {type(values).__name__} of others"
+        )
     return values
 
 
 def _warn_without_effect(adapter: AdapterFile) -> None:
     b = [t for k, t in adapter.held.items() if ".lora_B." in k or k.endswith(".lora_embedding_B")]
-    if b and all(not t.any() for t in b):
+    whole = [k for k in adapter.held if ".lora_" not in k]
+    if b and not whole and all(not t.any() for t in b):
         warnings.warn(
             f"{adapter.path}: every lora_B is zero, this adapter changes nothing",
             FastAdaptWarning,

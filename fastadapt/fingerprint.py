@@ -30,7 +30,7 @@ def differences(recorded: str, model: nn.Module) -> list[str]:
     try:
         old, new = json.loads(recorded), json.loads(fingerprint(model))
         sample = torch.tensor(old.pop("embedding"), dtype=torch.float64)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
     found = [
         f"wrong base: {key} is {new.get(key)}, the adapter was trained on {value}"

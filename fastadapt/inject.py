@@ -18,7 +18,7 @@ from torch import nn
 
 from fastadapt import targets
 from fastadapt.adapter import Adapter, Part
-from fastadapt.base import FrozenLayer
+from fastadapt.base import FrozenLayer, hold_weights
 from fastadapt.config import AdapterConfig, TaskType
 from fastadapt.errors import FastAdaptWarning, LifecycleError, TargetError, UnsupportedError
 from fastadapt.kinds import kind_of
@@ -69,10 +69,13 @@ def plan(
     # PEFT's rule is a plain suffix here: "norm" takes input_layernorm too, and so do its files
     saved = [p for p in modules if p.endswith(tuple(wanted))]
     saved = [p for p in saved if not isinstance(modules[p], AdaptedLayer)]
+    saved = [p for p in saved if not any(p.startswith(f"{outer}.") for outer in saved)]
     absent = [m for m in wanted if not any(p.endswith(m) for p in saved)]
     absent = [m for m in absent if m not in _task_heads(config)]
     if absent:
         raise TargetError(f"modules_to_save: no module is named {absent}")
+    for path in saved:
+        _refuse_whole(path, modules[path])
     return Plan(config, adapters, saved)
 
 
@@ -86,6 +89,7 @@ def attach(model: nn.Module, made: Plan, name: str, *, autocast_adapter_dtype: b
     active = [name] if first else _active(model)
     if first:
         model.requires_grad_(False)
+        hold_weights(model)
     placed: dict[int, Part] = {}
     for path, adapter in made.adapters.items():
         layer = layers.get(path) or _replace(model, path, AdaptedLayer)
@@ -193,6 +197,20 @@ def _refuse_norms(method: type[Adapter], bases: dict[str, FrozenLayer]) -> None:
                 f"Target module {path} is not supported: {method.name} adapts a matrix, and "
                 f"{type(base.layer).__name__} has a vector"
             )
+
+
+def _refuse_whole(path: str, module: nn.Module) -> None:
+    """Training a module whole needs floating-point weights and no adapters inside."""
+    quantised = [n for n, p in module.named_parameters() if not p.is_floating_point()]
+    if quantised and not isinstance(module, ModulesToSaveWrapper):
+        raise UnsupportedError(
+            f"modules_to_save: {path} is quantised ({quantised[0]}) and cannot be trained whole; "
+            "load it unquantised (llm_int8_skip_modules) or give it an adapter"
+        )
+    if not isinstance(module, ModulesToSaveWrapper) and any(True for _ in adapted(module)):
+        raise UnsupportedError(
+            f"modules_to_save: {path} holds layers with adapters and cannot be trained whole"
+        )
 
 
 def _report(

@@ -233,11 +233,6 @@ class AdaptedLayer(nn.Module):
         self.frozen.restore(held)
         self.base_layer.to(device)
 
-    def release(self) -> nn.Module:
-        """The base layer, as it stands, given back to the model."""
-        self.frozen.weight.detach()
-        return self.base_layer
-
     # forward
 
     def forward(

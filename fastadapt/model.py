@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastadapt import checkpoint, inject, penalties
+from fastadapt.base import release_weights
 from fastadapt.config import AdapterConfig, as_config
 from fastadapt.errors import LifecycleError
 from fastadapt.layer import AdaptedLayer
@@ -115,6 +116,9 @@ class Adapters:
         for name in names:
             if name not in self._configs:
                 raise LifecycleError(f"Adapter {name} not found; there are {list(self._configs)}")
+        for _, layer in self._adapted():
+            if isinstance(layer, ModulesToSaveWrapper):
+                layer.choose(names)
         for _, layer in self._adapted():
             if isinstance(layer, AdaptedLayer) and layer.merged:
                 warnings.warn(
@@ -226,7 +230,8 @@ class Adapters:
                 layer.merge(adapter_names=adapter_names)
             elif not merge and layer.merged:
                 layer.unmerge()
-            inject.put(root, path, layer.release())
+            inject.put(root, path, layer.base_layer)
+        release_weights(root)
         penalties.detach(root)
         return root
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastadapt.errors import LifecycleError
+from fastadapt.errors import LifecycleError, UnsupportedError
 from fastadapt.layer import BASE_NAME
 
 
@@ -57,14 +57,18 @@ class ModulesToSaveWrapper(nn.Module):
         self.modules_to_save[name] = copy.deepcopy(self.original_module)
         self.original_module.requires_grad_(False)
 
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    def choose(self, names: Sequence[str]) -> list[str]:
+        """The one of ``names`` that has a copy here, or none. Raises LifecycleError for two."""
         present = [n for n in names if n in self.modules_to_save]
         if len(present) > 1:
             raise LifecycleError(
                 f"Only one adapter can be set at a time for modules_to_save, got {present}"
             )
-        self._active = present
+        return present
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._active = present = self.choose(names)
         for name, module in self.modules_to_save.items():
             module.requires_grad_(name in present and not inference_mode)
 
@@ -84,17 +88,23 @@ class ModulesToSaveWrapper(nn.Module):
         self._active = [n for n in self._active if n != adapter_name]
 
     def forward(
-        self, x: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
         names = adapter_names if adapter_names is not None else self.rows
         if names is None or self._disabled:
-            return self.in_use(x, *args, **kwargs)
+            return self.in_use(*args, **kwargs)
+        if len(args) != 1 or kwargs:
+            raise UnsupportedError(
+                f"one adapter a row: expected one input of {type(self.original_module).__name__}, "
+                f"which is trained whole, got {len(args)} and {sorted(kwargs)}"
+            )
+        x = args[0]
         keys = [n if n in self.modules_to_save else BASE_NAME for n in names]
         parts, order = [], []
         for key in dict.fromkeys(keys):
             rows = torch.tensor([i for i, k in enumerate(keys) if k == key], device=x.device)
             module = self.original_module if key == BASE_NAME else self.modules_to_save[key]
-            parts.append(module(x.index_select(0, rows), *args, **kwargs))
+            parts.append(module(x.index_select(0, rows)))
             order.append(rows)
         return torch.cat(parts).index_select(0, torch.cat(order).argsort())
 

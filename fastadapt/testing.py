@@ -267,8 +267,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "ADALORA": {"adalora": {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}},
     "VERA": {"vera": {"r": 8}},
     "PVERA": {"pvera": {"r": 8}},
-    "VBLORA": {"vblora": {"num_vectors": 10, "vector_length": 4}},
-    "UNILORA": {"unilora": {"theta_d_length": 50}},
+    "VBLORA": {"vblora": {"num_vectors": 10, "vector_length": 4, "init_vector_bank_bound": 0.5}},
+    "UNILORA": {"unilora": {"theta_d_length": 50, "init_theta_d_bound": 0.5}},
     "TINYLORA": {"tinylora": {"u": 6}},
     "RANDLORA": {
         "randlora": {"r": 8, "randlora_alpha": 8},
@@ -284,11 +284,20 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "IA3": {
         "ia3": {"feedforward_modules": []}, "ia3_input": {"feedforward_modules": ["layer"]},
     },
+    "HIRA": {"hira": {"r": 4}},
+    "MISS": {
+        "miss": {"r": 4}, "miss_odd": {"r": 3}, "miss_bat": {"r": 4, "init_weights": "bat"},
+        "miss_mini": {"r": 4, "mini_r": 6, "init_weights": "mini"},
+    },
     "LOHA": {"loha": {"r": 4, "alpha": 6}},
     "LOKR": {
         "lokr": {"r": 2, "alpha": 3}, "lokr_full": {"r": 64, "alpha": 32},
         "lokr_both": {"r": 2, "alpha": 3, "decompose_both": True},
     },
+    "ROAD": {
+        f"road_{i}": {"variant": f"road_{i}", "group_size": 8} for i in (1, 2, 4)
+    },
+    "SHIRA": {"shira": {"r": 3}},
     "OFT": {
         "oft": {"oft_block_size": 8}, "oft_shared": {"oft_block_size": 8, "block_share": True},
         "oft_exact": {"oft_block_size": 8, "use_cayley_neumann": False},
@@ -298,8 +307,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 
 IMPOSSIBLE = {
     ("lora_bias", "embedding"), ("dora", "conv2d_grouped"), ("pvera", "conv2d_grouped"),
+    ("ln_tuning", "bnb4"), ("ln_tuning", "fp4"), ("ln_tuning", "bnb8"),
 }  # fmt: skip
-"""(method case, kind) that cannot be: UnsupportedError says why."""
+"""(method case, kind or format) that cannot be: UnsupportedError says why."""
 
 UNMERGEABLE = {
     (case, "conv2d_grouped") for case in ("lora", "rslora", "lora_bias", "lora_gaussian")

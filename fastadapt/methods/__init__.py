@@ -39,6 +39,9 @@ METHODS = {
     "GRALORA": "gralora:Gralora",
     "BEFT": "beft:Beft",
     "DEFT": "deft:Deft",
+    "GLORA": "glora:Glora",
+    "PEANUT": "peanut:Peanut",
+    "LILY": "lily:Lily",
 }
 """PEFT's type -> module of this package : class."""
 

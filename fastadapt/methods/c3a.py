@@ -116,26 +116,32 @@ class CorrelateFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(x, w)
         b = w.shape[2]
-        y = torch.einsum("tnf,mnf->tmf", _spectra(x, b), _spectra(w, b, 3).conj())
-        return torch.fft.irfft(y, n=b).reshape(*x.shape[:-1], -1)
+        y = torch.einsum("tnf,mnf->tmf", _spectra(_blocks(x, b)), _spectra(w).conj())
+        made: Tensor = torch.fft.irfft(y, n=b)
+        return made.reshape(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, w = ctx.saved_tensors
         b = w.shape[2]
-        h = _spectra(g, b)
+        h = _spectra(_blocks(g, b))
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = torch.fft.irfft(torch.einsum("tmf,mnf->tnf", h, _spectra(w, b, 3)), n=b)
+            dx = torch.fft.irfft(torch.einsum("tmf,mnf->tnf", h, _spectra(w)), n=b)
             dx = dx.reshape(x.shape).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            dw = torch.einsum("tmf,tnf->mnf", h.conj(), _spectra(x, b))
+            dw = torch.einsum("tmf,tnf->mnf", h.conj(), _spectra(_blocks(x, b)))
             dw = torch.fft.irfft(dw, n=b).to(w.dtype)
         return dx, dw
 
 
-def _spectra(x: Tensor, b: int, dims: int = 0) -> Tensor:
-    """rfft of each block: (tokens, blocks, b / 2 + 1); ``dims`` 3: x is in blocks already."""
-    blocks = x if dims == 3 else x.reshape(-1, x.shape[-1] // b, b)
-    return torch.fft.rfft(blocks.to(torch.promote_types(x.dtype, torch.float32)))
+def _spectra(blocks: Tensor) -> Tensor:
+    """rfft of each block: (.., b) -> (.., b / 2 + 1)."""
+    made: Tensor = torch.fft.rfft(blocks.to(torch.promote_types(blocks.dtype, torch.float32)))
+    return made
+
+
+def _blocks(x: Tensor, b: int) -> Tensor:
+    """(.., n b) -> (tokens, n, b)."""
+    return x.reshape(-1, x.shape[-1] // b, b)

@@ -3,8 +3,8 @@
 
 In float32 over a plain layer x meets W' in one product; in half precision, and over layers that
 must be called, U is applied beside the base, since W + U would round small updates away. Backward
-makes U again instead of keeping it: what stays in memory is x. The gradient of U is a product of the
-size of W, so that a step costs three such products where LoRA's costs two.
+makes U again instead of keeping it: what stays in memory is x. The gradient of U is a product of
+the size of W, so that a step costs three such products, where LoRA's costs two.
 """
 
 from __future__ import annotations

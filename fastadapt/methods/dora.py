@@ -36,7 +36,7 @@ class Dora(Lora):
         if base.groups > 1:
             raise UnsupportedError(
                 "use_dora=True on a convolution with groups: the update of its low-rank pair is "
-                "not a weight of the layer's shape, so that W + s B A has no rows to take the norm of"
+                "no weight of the layer's shape, so that W + s B A has no rows to take the norm of"
             )
         super().build(base, shared)
         out, _, *kernel = base.shape

@@ -113,8 +113,9 @@ class FourierFT(Adapter):
             x = x if base.indexed else x.to(delta.dtype)
             return y + base.apply(x, delta).to(y.dtype)
         args = (self["fourierft_spectrum"], self["fourierft_indices"], base.shape[0])
+        scale: float = self["fourierft_scaling"]
         made: Tensor = FourierFunction.apply(x, *args)  # type: ignore[no-untyped-call]
-        return y + (made * self["fourierft_scaling"]).to(y.dtype)
+        return y + (made * scale).to(y.dtype)
 
 
 class FourierFunction(torch.autograd.Function):
@@ -139,29 +140,32 @@ class FourierFunction(torch.autograd.Function):
             dx = _through(h, spectrum, places[0], places[1], out, inner).view(x.shape).to(x.dtype)
         if ctx.needs_input_grad[1]:
             target, source, sign = _entries(places[1], places[0], inner, out)
-            found = inner_products(h, _half_spectra(x), target, source)
-            ds = (found[:, 0] + sign * found[:, 1]) / (inner * out)
-            ds = ds.to(spectrum.dtype)
+            places = _both(target, out), _both(source, inner)
+            real, imaginary = inner_products(h, _half_spectra(x), *places).chunk(2)
+            ds = ((real + sign * imaginary) / (inner * out)).to(spectrum.dtype)
         return dx, ds, None, None
 
 
 def _half_spectra(x: Tensor) -> Tensor:
-    """(..., k) -> (k / 2 + 1, tokens, 2), real and imaginary parts."""
+    """(..., k) -> (2 h, tokens), h = k / 2 + 1: real parts, then imaginary parts."""
     rows = x.reshape(-1, x.shape[-1])
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return torch.view_as_real(torch.fft.rfft(rows)).transpose(0, 1)
+    found = torch.fft.rfft(rows.to(torch.promote_types(rows.dtype, torch.float32))).t()
+    return torch.cat([found.real, found.imag])
 
 
-def _entries(
-    columns: Tensor, rows: Tensor, inner: int, out: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Target and source in the half-spectra, and +1 or -1 for the imaginary part: an index in the
-    upper half is the conjugate of its mirror image, and so is the wave of each ifft."""
+def _entries(columns: Tensor, rows: Tensor, inner: int, out: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Target and source among the half-spectra's real parts, and +1 or -1 for the imaginary part:
+    an index in the upper half is the conjugate of its mirror image, and so is the wave of each
+    ifft."""
     upper_in, upper_out = columns > inner // 2, rows > out // 2
     source = torch.where(upper_in, inner - columns, columns)
     target = torch.where(upper_out, out - rows, rows)
-    sign = torch.where(upper_in ^ upper_out, 1.0, -1.0)
-    return target, source, sign
+    return target, source, torch.where(upper_in ^ upper_out, 1.0, -1.0)
+
+
+def _both(part: Tensor, count: int) -> Tensor:
+    """The rows of the real parts and of the imaginary parts, of half-spectra of ``count``."""
+    return torch.cat([part, part + (count // 2 + 1)])
 
 
 def _through(
@@ -172,7 +176,8 @@ def _through(
     # irfft counts each inner frequency twice, and takes no imaginary part of the two at the ends
     ends = (target == 0) | (2 * target == out)
     s = spectrum.to(h.dtype) / inner
-    real = torch.where(ends, s, s / 2)
-    factor = torch.stack([real, torch.where(ends, 0.0, real * sign)], 1)
-    made = gather_add(h, source, target, factor, out // 2 + 1)
-    return torch.fft.irfft(torch.view_as_complex(made.transpose(0, 1).contiguous()), n=out)
+    factor = torch.cat([torch.where(ends, s, s / 2), torch.where(ends, 0.0, s / 2 * sign)])
+    half = out // 2 + 1
+    made = gather_add(h, _both(source, inner), _both(target, out), factor, 2 * half)
+    y: Tensor = torch.fft.irfft(torch.complex(made[:half].t(), made[half:].t()), n=out)
+    return y

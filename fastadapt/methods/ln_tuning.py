@@ -55,14 +55,11 @@ class LNTuning(Adapter):
 
     def build(self, base: Base, shared: Any) -> None:
         self.parts = {"ln_tuning_layers": base.copy()}
+        self._orient = base.orient
 
     def merged(self, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         layer = self["ln_tuning_layers"]
-        new: Tensor = layer.weight
-        if new.shape != w.shape:
-            # the layer stores W in another orientation: (in, out), or a norm's vector
-            new = new.unsqueeze(1) if new.dim() == 1 else new.t()
-        return new, getattr(layer, "bias", None)
+        return self._orient(layer.weight), getattr(layer, "bias", None)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y: Tensor = self["ln_tuning_layers"](x)

@@ -107,7 +107,8 @@ class Miss(DenseAdapter):
         x = base.drop(x, self.rate("miss_dropout"))
         x = F.pad(x, (0, -x.shape[-1] % r))
         folded = x.unflatten(-1, (-1, r)).sum(-2, dtype=torch.promote_types(work, torch.float32))
-        return y + (folded.to(work) @ block.to(work)).to(y.dtype)
+        extra: Tensor = folded.to(work) @ block.to(work)
+        return y + extra.to(y.dtype)
 
 
 class Bat(Miss):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PVeRA:  y = W x + diag(b) B z,  z ~ N(mu, exp(v)),  (mu, v) = diag(d) A x;  z = mu outside training.
+"""PVeRA:  y = W x + diag(b) B z,  z ~ N(mu, exp(v)),  (mu, v) = diag(d) A x.
 
     A: (2 r, in * kernel)  B: (out, r)  d: (2 r,), starts at d_initial  b: (out,), starts at 0
 
-So W' = W + diag(b) B diag(d) A with the first r of d and A, and in evaluation only these are used.
+z is drawn in training; else z = mu, so W' = W + diag(b) B diag(d) A with the first r of d and A.
 A and B are random, frozen and the same for all layers, see ``vera``.
 Source: PVeRA (arXiv 2512.07703).
 """

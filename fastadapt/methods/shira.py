@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.adapter import Adapter
-from fastadapt.base import Base
+from fastadapt.base import Base, Stacked
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError, FastAdaptWarning, UnsupportedError
 from fastadapt.ops.reweight import reweight
@@ -88,7 +88,8 @@ class Shira(Adapter):
         return self._added(w.to(wide)), bias
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        if base.indexed or len(base.shape) > 2:
+        # adapters below learn too: their parameters are none that ``reweight`` knows
+        if base.indexed or len(base.shape) > 2 or isinstance(base, Stacked):
             return super().forward(x, base)
         y = reweight(x, lambda: self._added(base.read()[0]), [self["shira_weight"]])
         return y if base.bias is None else y + base.bias.to(y.dtype)

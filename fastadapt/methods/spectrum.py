@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Few coefficients between two cheap transforms:  y = T_out M T_in x, M sparse, nothing dense.
 
-    x: (..., in) -> h: (k, tokens, parts)   M: (out', k) with n entries   -> y: (..., out)
+    x: (..., in) -> h: (k, tokens)   M: (out', k) with n entries   -> y: (..., out)
 
-``positions`` draws where the entries are, as PEFT does; ``gather_add`` is M.
+Tokens run last, so that an entry of M takes and adds whole contiguous rows. ``positions`` draws
+where the entries are, as PEFT does; ``gather_add`` is M.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ def positions(out: int, inner: int, n: int, seed: int) -> Tensor:
 
 
 def gather_add(h: Tensor, source: Tensor, target: Tensor, factor: Tensor, rows: int) -> Tensor:
-    """h: (k, tokens, parts)  source, target: (n,)  factor: (n, parts) -> (rows, tokens, parts):
-    row target[j] receives factor[j] h[source[j]]."""
-    made = h.new_zeros(rows, *h.shape[1:])
+    """h: (k, tokens)  source, target, factor: (n,) -> (rows, tokens): row target[j] receives
+    factor[j] h[source[j]]."""
+    made = h.new_zeros(rows, h.shape[1])
     return made.index_add_(0, target, h.index_select(0, source) * factor[:, None])
 
 
 def inner_products(g: Tensor, h: Tensor, target: Tensor, source: Tensor) -> Tensor:
-    """(n, parts): sum over tokens of g[target[j]] h[source[j]]; the gradient of ``factor``."""
+    """(n,): the inner product of g[target[j]] and h[source[j]]; the gradient of ``factor``."""
     return (g.index_select(0, target) * h.index_select(0, source)).sum(1)

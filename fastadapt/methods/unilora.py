@@ -54,8 +54,7 @@ class UniLoraConfig(AdapterConfig):
         fields.choice(self, "bias", ("none", "all", "unilora_only"))
         if not self.init_theta_d_bound > 0:
             raise ConfigError(
-                "`init_theta_d_bound` should be a positive float, got "
-                f"{self.init_theta_d_bound!r}"
+                f"`init_theta_d_bound` should be a positive float, got {self.init_theta_d_bound!r}"
             )
 
 
@@ -108,7 +107,8 @@ class UniLora(PairAdapter):
         places: Tensor = self[f"unilora_indices_{letter}"]
         theta = near(self["unilora_theta_d"], places)
         made = theta.index_select(0, places.flatten()).view(places.shape)
-        return made * self[f"unilora_scales_{letter}"].to(made.dtype)
+        scales: Tensor = self[f"unilora_scales_{letter}"]
+        return made * scales.to(made.dtype)
 
 
 def _shapes(base: Base, r: int) -> list[tuple[int, int]]:

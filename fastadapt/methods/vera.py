@@ -66,7 +66,8 @@ class Vera(PairAdapter):
     def shared(cls, config: VeraConfig, bases: dict[str, Base]) -> dict[str, nn.Parameter]:
         out, width = largest(bases.values())
         source = generator(config.projection_prng_key)
-        return {"vera_A": uniform(config.r, width, source), "vera_B": uniform(out, config.r, source)}
+        a = uniform(config.r, width, source)
+        return {"vera_A": a, "vera_B": uniform(out, config.r, source)}
 
     def build(self, base: Base, shared: Any) -> None:
         config: VeraConfig = self.config

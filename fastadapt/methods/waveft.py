@@ -27,7 +27,7 @@ from fastadapt.methods import fields
 from fastadapt.methods.fourierft import MLP_OUT
 from fastadapt.methods.projection import size
 from fastadapt.methods.spectrum import gather_add, inner_products, positions
-from fastadapt.methods.wavelets import analyse, coefficients, filters, synthesise
+from fastadapt.methods.wavelets import Filters, analyse, coefficients, filters, synthesise
 from fastadapt.targets import DEFAULT_TARGETS, pattern_value
 
 
@@ -105,6 +105,7 @@ class WaveFT(Adapter):
             "waveft_n_frequency": n, "waveft_scaling": config.scaling,
             "waveft_random_loc_seed": config.random_loc_seed, "waveft_use_idwt": config.use_idwt,
             "waveft_wavelet_family": config.wavelet_family,
+            "waveft_filters": filters(config.wavelet_family) if config.use_idwt else None,
         }  # fmt: skip
 
     def file_key(self, part: str, leaf: str) -> str | None:
@@ -121,78 +122,76 @@ class WaveFT(Adapter):
             x = x if base.indexed else x.to(delta.dtype)
             return y + base.apply(x, delta).to(y.dtype)
         out, inner = base.shape
-        args = (self["waveft_spectrum"], *self._entries(out, inner), out, self._family)
+        args = (self["waveft_spectrum"], *self._entries(out, inner), out, self["waveft_filters"])
+        scale: float = self["waveft_scaling"]
         made: Tensor = WaveFunction.apply(x, *args)  # type: ignore[no-untyped-call]
-        return y + (made * self["waveft_scaling"]).to(y.dtype)
-
-    @property
-    def _family(self) -> str | None:
-        return self["waveft_wavelet_family"] if self["waveft_use_idwt"] else None
+        return y + (made * scale).to(y.dtype)
 
     def _entries(self, out: int, inner: int) -> tuple[Tensor, Tensor]:
         """Target and source of each entry among the coefficients. S is PEFT's: in the middle of a
         grid of 2 h numbers a side; its lower half is detail along the input and its right half
         detail along the output, positions in each half alike."""
-        rows, columns = self["waveft_indices"]
-        if self._family is None:
+        (rows, columns), pair = self["waveft_indices"], self["waveft_filters"]
+        if pair is None:
             return rows, columns
-        h, k = coefficients(out, self._family), coefficients(inner, self._family)
+        h, k = coefficients(out, pair), coefficients(inner, pair)
         rows, columns = rows + (2 * h - out) // 2, columns + (2 * k - inner) // 2
         return rows % h + h * (columns >= k), columns % k + k * (rows >= h)
 
     def _delta(self, shape: tuple[int, ...]) -> Tensor:
         spectrum: Tensor = self["waveft_spectrum"]
-        (out, inner), family = size(shape), self._family
+        (out, inner), pair = size(shape), self["waveft_filters"]
+        scale: float = self["waveft_scaling"]
         places = self._entries(out, inner)
-        if family is None:
+        if pair is None:
             dense = spectrum.new_zeros(out, inner).index_put(places, spectrum)
         else:
-            h, k = coefficients(out, family), coefficients(inner, family)
+            h, k = coefficients(out, pair), coefficients(inner, pair)
             dense = spectrum.new_zeros(2 * h, 2 * k).index_put(places, spectrum)
-            dense = synthesise(synthesise(dense, out, family).t(), inner, family).t()
-        return (dense * self["waveft_scaling"]).reshape(shape)
+            dense = synthesise(synthesise(dense, out, pair).t(), inner, pair).t()
+        return (dense * scale).reshape(shape)
 
 
 class WaveFunction(torch.autograd.Function):
     """x: (..., in)  spectrum, target, source: (n,) -> idwt2(S) x: (..., out), at least fp32;
-    without a family the transform is the identity."""
+    without filters the transform is the identity."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, spectrum: Tensor, target: Tensor, source: Tensor, out: int,
-        family: str | None,
+        pair: Filters | None,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, spectrum, target, source)
-        ctx.family = family
-        y = _through(_coefficients(x, family), spectrum, source, target, out, family)
+        ctx.pair = pair
+        y = _through(_coefficients(x, pair), spectrum, source, target, out, pair)
         return y.reshape(*x.shape[:-1], out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, spectrum, target, source = ctx.saved_tensors
-        h = _coefficients(g, ctx.family)
+        h = _coefficients(g, ctx.pair)
         dx = ds = None
         if ctx.needs_input_grad[0]:
-            dx = _through(h, spectrum, target, source, x.shape[-1], ctx.family)
+            dx = _through(h, spectrum, target, source, x.shape[-1], ctx.pair)
             dx = dx.reshape(x.shape).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            ds = inner_products(h, _coefficients(x, ctx.family), target, source)
-            ds = ds[:, 0].to(spectrum.dtype)
+            ds = inner_products(h, _coefficients(x, ctx.pair), target, source)
+            ds = ds.to(spectrum.dtype)
         return dx, ds, None, None, None, None
 
 
-def _coefficients(x: Tensor, family: str | None) -> Tensor:
-    """(..., k) -> (2 h, tokens, 1)."""
+def _coefficients(x: Tensor, pair: Filters | None) -> Tensor:
+    """(..., k) -> (2 h, tokens)."""
     rows = x.reshape(-1, x.shape[-1]).t()
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
-    return (rows if family is None else analyse(rows, family))[..., None]
+    return rows if pair is None else analyse(rows, pair)
 
 
 def _through(
-    h: Tensor, spectrum: Tensor, source: Tensor, target: Tensor, out: int, family: str | None
+    h: Tensor, spectrum: Tensor, source: Tensor, target: Tensor, out: int, pair: Filters | None
 ) -> Tensor:
     """Coefficients of the input -> the output, (tokens, out)."""
-    count = out if family is None else 2 * coefficients(out, family)
-    made = gather_add(h, source, target, spectrum.to(h.dtype)[:, None], count)[..., 0]
-    return (made if family is None else synthesise(made, out, family)).t()
+    count = out if pair is None else 2 * coefficients(out, pair)
+    made = gather_add(h, source, target, spectrum.to(h.dtype), count)
+    return (made if pair is None else synthesise(made, out, pair)).t()

@@ -65,14 +65,13 @@ def filters(family: str) -> Filters:
     return tuple(low), tuple(high)
 
 
-def coefficients(k: int, family: str) -> int:
+def coefficients(k: int, pair: Filters) -> int:
     """h, for k values."""
-    return (k + len(filters(family)[0]) - 1) // 2
+    return (k + len(pair[0]) - 1) // 2
 
 
-def analyse(x: Tensor, family: str) -> Tensor:
-    pair, (k, h) = filters(family), (x.shape[0], coefficients(x.shape[0], family))
-    length = len(pair[0])
+def analyse(x: Tensor, pair: Filters) -> Tensor:
+    k, h, length = x.shape[0], coefficients(x.shape[0], pair), len(pair[0])
     padded = F.pad(x, (0, 0, length - 2, 2 * h - k))
     parts = []
     for f in pair:
@@ -83,9 +82,8 @@ def analyse(x: Tensor, family: str) -> Tensor:
     return torch.cat(parts)
 
 
-def synthesise(u: Tensor, k: int, family: str) -> Tensor:
-    pair, h = filters(family), u.shape[0] // 2
-    length = len(pair[0])
+def synthesise(u: Tensor, k: int, pair: Filters) -> Tensor:
+    h, length = u.shape[0] // 2, len(pair[0])
     made = u.new_zeros(2 * h + length - 2, *u.shape[1:])
     for i in range(length):
         made[i : i + 2 * h : 2] += pair[0][i] * u[:h] + pair[1][i] * u[h:]

@@ -119,7 +119,10 @@ def patch(
     if config is None:
         raise TargetError("expected a config such as LoraConfig(r=16); only a PeftModel needs none")
     if isinstance(model, PatchedModel):
-        model.add_adapter(adapter_name, config, allow_unmatched=allow_unmatched)
+        model.add_adapter(
+            adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype,
+            allow_unmatched=allow_unmatched,
+        )  # fmt: skip
         return model
     if _is_peft(model) or any(True for _ in inject.adapted(model)):
         raise LifecycleError("the model has adapters already: unload them first, or add_adapter")
@@ -165,10 +168,8 @@ def save_adapters(
             f"You passed an invalid `selected_adapters` arguments, current supported adapter names "
             f"are {list(model._configs)} - got {names}."
         )
-    root = model.adapter_root
-    for name in names:
-        where = folder if name == "default" else os.path.join(folder, name)
-        checkpoint.save(root, model._configs[name], name, where, **options)
+    chosen = {n: model._configs[n] for n in names}
+    checkpoint.save(model.adapter_root, chosen, folder, **options)
 
 
 @cache

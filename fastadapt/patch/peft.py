@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fastadapt.base import Base, FrozenLayer, Stacked
+from fastadapt.base import Base, FrozenLayer, Stacked, hold_weights, release_weights
 from fastadapt.errors import LifecycleError, UnsupportedError
 from fastadapt.methods.dora import Dora
 from fastadapt.methods.lora import Lora
@@ -112,8 +112,8 @@ def patch_peft(model: nn.Module) -> nn.Module:
             "expected linear LoRA layers of PEFT over a dense, 4-bit or int8 weight, found "
             f"{'; '.join(sorted(refused)) or 'no LoRA layer'}"
         )
+    hold_weights(model)
     for layer, frozen in fresh:
-        frozen.weight.attach()
         layer.__dict__[_HELD] = frozen
         layer.__class__ = _sped_up(type(layer))  # type: ignore[arg-type]
     return model
@@ -126,7 +126,8 @@ def unpatch_peft(model: nn.Module) -> nn.Module:
         raise LifecycleError("expected a PeftModel that fastadapt patched, got one that is not")
     for layer in layers:
         layer.__class__ = type(layer)._plain
-        layer.__dict__.pop(_HELD).weight.detach()
+        layer.__dict__.pop(_HELD)
+    release_weights(model)
     return model
 
 

@@ -13,6 +13,7 @@ from fastadapt.ops.nf4 import nf4_dequant
 from fastadapt.weights.weight import Weight
 
 _REPACK = "support_avx512bf16_for_cpu"
+_BEFORE = "_fastadapt_repacks"
 
 
 class Bnb4bit(Weight):
@@ -20,7 +21,7 @@ class Bnb4bit(Weight):
 
     On a CPU with AVX-512 bf16, bitsandbytes repacks the weight in place at the first evaluation;
     the packed form has no backward and does not decode as the other (bitsandbytes #2078). So the
-    repacking is off while an adapter sits on the layer, and a packed weight is unpacked.
+    repacking is off while the model has adapters, and a packed weight is unpacked.
     """
 
     name = "bnb4"
@@ -31,8 +32,8 @@ class Bnb4bit(Weight):
 
     def attach(self) -> None:
         layer = self.layer
-        self._repacks = getattr(layer, _REPACK, None)
-        if self._repacks is not None:
+        if hasattr(layer, _REPACK) and _BEFORE not in layer.__dict__:
+            layer.__dict__[_BEFORE] = getattr(layer, _REPACK)
             setattr(layer, _REPACK, False)
         if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
             from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
@@ -43,8 +44,8 @@ class Bnb4bit(Weight):
             layer.weight.data, layer.weight.quant_state, layer.quant_state = data, state, state
 
     def detach(self) -> None:
-        if self._repacks is not None:
-            setattr(self.layer, _REPACK, self._repacks)
+        if _BEFORE in self.layer.__dict__:
+            setattr(self.layer, _REPACK, self.layer.__dict__.pop(_BEFORE))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -56,7 +56,7 @@ class Weight(ABC):
         return dtype if dtype.is_floating_point else torch.get_default_dtype()
 
     def attach(self) -> None:  # noqa: B027
-        """Called once when a first adapter comes; most formats have nothing to prepare."""
+        """Called when the model gets adapters, perhaps again; most formats prepare nothing."""
 
     def detach(self) -> None:  # noqa: B027
-        """Called once when the layer is given back: undo what ``attach`` did."""
+        """Called when the layer is given back: undo what ``attach`` did."""

@@ -73,7 +73,7 @@ def _gemm(transposed: bool) -> Callable[[str], Iterator[Variant]]:
         fixed = size.launch() | {"QBLOCK": 64, "ROUND": nf4.TL_DTYPE[DTYPES[dtype]]}
         for tokens in (t for t in (16, 32, 64) if t <= size.tokens):
             for name, nested in (_FLAT, _NESTED):
-                for whole in (None,) if transposed else (True, False):
+                for whole in (None,) if transposed else (True, False)[: 1 + bool(nested)]:
                     yield Variant(
                         f"{tokens} tokens {name}{' ragged n' if whole is False else ''}",
                         fixed | {"TOKENS": tokens, "NESTED_BLOCK": nested}
@@ -123,7 +123,7 @@ def _row_norm(dtype: str) -> Iterator[Variant]:
             {"stride_column": "1"}, elements=elements, quick=rank == 16,
         )  # fmt: skip
         for name, nested in (_FLAT, _NESTED):
-            for aligned in (True, False):
+            for aligned in (True, False)[: 1 + bool(nested)]:
                 unit = {"w": "*i32" if aligned else "*u8"}
                 yield Variant(
                     f"rank {rank} {name}{'' if aligned else ' unaligned'}",

@@ -56,8 +56,8 @@ CASES: dict[str, dict[str, Any]] = {
     ),
     "adalora": case("AdaLoraConfig", **ALL, total_step=10, nf4=True, extra=["ranknum"]),
     "adalora-random": case(
-        "AdaLoraConfig", **ATTENTION, total_step=10, init_r=4, init_lora_weights=False, lora_alpha=3,
-        extra=["ranknum"],
+        "AdaLoraConfig", **ATTENTION, total_step=10, init_r=4, lora_alpha=3,
+        init_lora_weights=False, extra=["ranknum"],
     ),
     "adalora-gpt2": case("AdaLoraConfig", "gpt2", total_step=10, extra=["ranknum"]),
     "adalora-conv": case(

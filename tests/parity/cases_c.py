@@ -59,4 +59,20 @@ CASES: dict[str, dict[str, Any]] = {
     "deft-random": case("DeftConfig", **ATTENTION, init_weights=False, init_scale=2.0),
     "para": case("DeftConfig", **ATTENTION, para=True, r=4),
     "deft-gpt2": case("DeftConfig", "gpt2", fan_in_fan_out=True, near=True),
+    "glora": case("GloraConfig", **ALL, r=4),
+    "glora-bert": case("GloraConfig", "bert", target_modules=["query", "key"], init_weights=False),
+    "glora-vector": case(
+        "GloraConfig", "bert", target_modules=["query", "key"], config_A_B="vector",
+        config_C="vector", config_D_E="vector", init_weights=False,
+    ),
+    "glora-constant": case("GloraConfig", **ALL, config_A_B="constant", config_C="none"),
+    "peanut": case("PeanutConfig", **ALL, r=4),
+    "peanut-deep": case(
+        "PeanutConfig", **ATTENTION, r=4, depth=2, act_fn="gelu", scaling=0.5, init_weights=False
+    ),
+    "lily": case("LilyConfig", **ALL, r=4, skip={"merge": "the update depends on the input"}),
+    "lily-stride": case(
+        "LilyConfig", **ATTENTION, r=4, stride_A=2, num_B=3, scaling=0.5, init_weights=False,
+        skip={"merge": "the update depends on the input"},
+    ),
 }

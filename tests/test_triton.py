@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Triton kernel through its op, under the interpreter: the cases of triton_cases.py, all in
+one process of their own, because TRITON_INTERPRET must not reach the other tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastadapt.ops.dispatch import OPS
+from tests.triton_cases import CASES, SPREAD
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _marked(name: str) -> object:
+    marks = [pytest.mark.interpret] + [pytest.mark.slow] * (name not in SPREAD)
+    return pytest.param(name, id=name, marks=marks)
+
+
+@pytest.fixture(scope="module")
+def wrong(request: pytest.FixtureRequest) -> dict[str, str | None]:
+    """id -> traceback or None, of the cases that this run selected."""
+    wanted = [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if getattr(item, "originalname", "") == test_in_the_interpreter.__name__
+    ]
+    script = "import sys; from tests.triton_cases import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *wanted], cwd=ROOT, capture_output=True, text=True,
+        check=False, env=os.environ | {"TRITON_INTERPRET": "1", "FASTADAPT_IMPL": "auto"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, str | None] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("name", [_marked(name) for name in CASES])
+def test_in_the_interpreter(name: str, wrong: dict[str, str | None]) -> None:
+    assert wrong[name] is None, wrong[name]
+
+
+def test_every_kernel_of_every_op_is_among_the_default_cases() -> None:
+    """A guard against a subset that has lost an op: each that Triton serves is asked for."""
+    prefix = {"nf4_dequant": "decode", "low_rank_fwd": "low_rank", "low_rank_bwd": "low_rank"}
+    served = [name for name, op in OPS.items() if "triton" in op.implementations]
+    assert served
+    for name in served:
+        assert any(case.startswith(f"{prefix.get(name, name)}-") for case in SPREAD), name
+
+
+def test_without_the_interpreter_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    args = torch.zeros(8), torch.tensor([1]), 0.5, torch.float32
+    reason = OPS["dropout"].why_not("triton", *args)
+    assert reason == "triton: the tensors are on a cpu, Triton needs a GPU"
+
+
+def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastadapt.kernels import launch
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(launch.triton, "__version__", "3.4.1")
+    assert launch.why_not_here(torch.device("cuda")) == "triton 3.4.1 is older than 3.5"
+    monkeypatch.setattr(launch.triton, "__version__", "3.10.0")
+    assert launch.why_not_here(torch.device("cuda")) is None
