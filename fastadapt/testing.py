@@ -308,11 +308,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 IMPOSSIBLE = {
     ("lora_bias", "embedding"), ("dora", "conv2d_grouped"), ("pvera", "conv2d_grouped"),
     ("ln_tuning", "bnb4"), ("ln_tuning", "fp4"), ("ln_tuning", "bnb8"),
+    ("lily", "conv2d_grouped"),
 }  # fmt: skip
 """(method case, kind or format) that cannot be: UnsupportedError says why."""
 
 UNMERGEABLE = {
-    (case, "conv2d_grouped") for case in ("lora", "rslora", "lora_bias", "lora_gaussian")
+    *((case, "conv2d_grouped") for case in ("lora", "rslora", "lora_bias", "lora_gaussian")),
+    *(("lily", kind) for kind in KINDS),
 }
 """(method case, kind) that is no map of the form W': merging raises UnsupportedError."""
 

@@ -33,7 +33,7 @@ class Room(NamedTuple):
 
 METHOD = Room("base adapter config ops targets", types="layer")
 MODEL = ["layer", "inject", "model", "modules_to_save", "checkpoint", "slots", "fingerprint"]
-MODEL += ["targets", "combine", "explain", "kbit", "reference"]
+MODEL += ["targets", "combine", "explain", "kbit", "reference", "penalties"]
 CORE = Room(
     " ".join(["base adapter config files kinds methods ops", *MODEL]),
     lazy="safetensors huggingface_hub transformers peft rich tqdm",
@@ -50,7 +50,7 @@ ROOMS = {
     "config": Room("files methods targets", lazy="peft"),
     "files": Room(lazy="huggingface_hub"),
     "adapter": METHOD,
-    "methods": METHOD,
+    "methods": METHOD._replace(lazy="numpy"),  # PEFT draws some places with its generator
     "inits": METHOD,
     "prompts": METHOD,
     "routers": METHOD,

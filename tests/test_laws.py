@@ -93,14 +93,14 @@ each_mergeable_cell_of_three = cells(
 )
 
 
-@each_mergeable_cell
+@each_cell
 def test_law_1_the_start_is_the_identity(case: str, fmt: str, kind: str) -> None:
     base, x = base_layer(fmt, kind), layer_input(fmt, kind, 3, 5)
     layer = adapted(copy.deepcopy(base), config_of(case), start=True)
     if not layer.adapters["a0"].identity_at_init:
         assert not torch.equal(layer(x), base(x)), "it is an identity and does not promise it"
         return
-    cost = cost_of(layer, ["a0"], x, fmt)
+    cost = 0.0 if (case, kind) in UNMERGEABLE else cost_of(layer, ["a0"], x, fmt)
     check(layer(x), base(x), oracle_of(layer, [], x), cost=cost, what="y")
 
 
@@ -207,7 +207,7 @@ def test_law_7_a_method_where_it_cannot_be(case: str, part: str) -> None:
             assert all(p.requires_grad for p in trained)
 
 
-@pytest.mark.parametrize(("case", "kind"), sorted(UNMERGEABLE))
+@pytest.mark.parametrize(("case", "kind"), sorted(UNMERGEABLE - IMPOSSIBLE))
 def test_law_7_a_method_that_cannot_be_merged_there(case: str, kind: str) -> None:
     fmt = "dense32"
     layer, x = adapted(base_layer(fmt, kind), config_of(case)), layer_input(fmt, kind, 3)
@@ -268,20 +268,26 @@ def test_a_mixed_batch_of_the_wrong_length_and_of_none() -> None:
         layer(x, adapter_names=["a0", "a0"])
 
 
-@each_mergeable_cell
+@each_cell
 def test_disabled_is_the_base_exactly(case: str, fmt: str, kind: str) -> None:
     base, x = base_layer(fmt, kind), layer_input(fmt, kind, 3, 5)
     layer = adapted(copy.deepcopy(base), config_of(case))
     layer.enable_adapters(False)
     assert torch.equal(layer(x), base(x))
-    layer.enable_adapters(True)
-    layer.merge()
-    layer.enable_adapters(False)
-    assert torch.equal(layer(x), base(x)), "a merged adapter is unmerged first"
+    if (case, kind) not in UNMERGEABLE:
+        layer.enable_adapters(True)
+        layer.merge()
+        layer.enable_adapters(False)
+        assert torch.equal(layer(x), base(x)), "a merged adapter is unmerged first"
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv1d_gpt2", "conv2d"])
-@pytest.mark.parametrize("case", METHOD_CASES)
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        cell for cell in itertools.product(METHOD_CASES, ("linear", "conv1d_gpt2", "conv2d"))
+        if cell not in UNMERGEABLE | IMPOSSIBLE
+    ],
+)  # fmt: skip
 def test_under_autocast_the_result_is_autocasts(case: str, kind: str) -> None:
     layer = adapted(base_layer("dense32", kind), config_of(case))
     x = layer_input("dense32", kind, 3, 5)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadapt.adapter import Adapter
-from fastadapt.base import Base
+from fastadapt.base import Base, Stacked
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError
 from fastadapt.ops.reweight import reweight
@@ -123,7 +123,8 @@ class Glora(Adapter):
         return made, self._bias(bias, rows @ self["glora_C"]())
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        if base.indexed or len(base.shape) > 2:
+        # adapters below learn too: their parameters are none that ``reweight`` knows
+        if base.indexed or len(base.shape) > 2 or isinstance(base, Stacked):
             return super().forward(x, base)
         bias, a, b = base.bias, self["glora_A"], self["glora_B"]
         if a.form == "lora":

@@ -95,7 +95,8 @@ class Peanut(Adapter):
         return w + delta * self["scaling"], bias
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        if base.groups > 1:
+        # adapters below learn too, through W: ``Seen`` has no gradient for them
+        if base.groups > 1 or isinstance(base, Stacked):
             return super().forward(x, base)
         seen = Seen.apply(self["peanut_A"].weight, base.read)  # type: ignore[no-untyped-call]
         a = self._low(seen).view(-1, *base.shape[1:])

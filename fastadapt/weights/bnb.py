@@ -65,7 +65,8 @@ class Bnb4bit(Weight):
             code=state.code,
             nested_absmax=nested.absmax if nested else None,
             nested_code=nested.code if nested else None,
-            offset=state.offset if nested else None,
+            # bitsandbytes unpacks a weight with a bfloat16 offset
+            offset=state.offset.float() if nested else None,
             blocksize=state.blocksize,
             nested_blocksize=nested.blocksize if nested else 0,
             n=n,

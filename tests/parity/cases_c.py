@@ -49,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gralora": case("GraloraConfig", **ALL, r=8, alpha=4),
     "gralora-4": case("GraloraConfig", **ALL, r=8, alpha=4, gralora_k=4, init_weights=False),
     "gralora-hybrid": case("GraloraConfig", **ATTENTION, r=8, alpha=8, hybrid_r=3, gralora_k=2),
-    "gralora-gpt2": case("GraloraConfig", "gpt2", r=4, fan_in_fan_out=True),
+    "gralora-gpt2": case("GraloraConfig", "gpt2", r=4, alpha=4, fan_in_fan_out=True),
     "beft": case(
         "BeftConfig", skip={"merge": "PEFT cannot merge into a layer that has no bias"}
     ),
@@ -65,7 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
         "GloraConfig", "bert", target_modules=["query", "key"], config_A_B="vector",
         config_C="vector", config_D_E="vector", init_weights=False,
     ),
-    "glora-constant": case("GloraConfig", **ALL, config_A_B="constant", config_C="none"),
+    "glora-constant": case("GloraConfig", **ALL, config_A_B="constant", scale=0.05),
     "peanut": case("PeanutConfig", **ALL, r=4),
     "peanut-deep": case(
         "PeanutConfig", **ATTENTION, r=4, depth=2, act_fn="gelu", scaling=0.5, init_weights=False
