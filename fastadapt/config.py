@@ -76,7 +76,8 @@ class PeftConfig:
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(getattr(type(self), "_own", type(self))).items():
+        own: Any = getattr(type(self), "_own", type(self))
+        for name, hint in _hints(own).items():
             value = getattr(self, name)
             if value is not None and not _fits(value, hint):
                 expected = getattr(hint, "__name__", hint)
@@ -240,8 +241,9 @@ class AdapterConfig(PeftConfig):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 setattr(self, name, set(value))
-        if isinstance(self.modules_to_save, tuple | set | frozenset):
-            self.modules_to_save = sorted(self.modules_to_save)
+        saved: Any = self.modules_to_save
+        if isinstance(saved, tuple | set | frozenset):
+            self.modules_to_save = sorted(saved)
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -289,7 +291,7 @@ def _near(name: str, known: set[str]) -> str:
 
 
 @cache
-def _hints(cls: type[PeftConfig]) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 

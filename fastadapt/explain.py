@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastadapt import targets
 from fastadapt.base import FrozenLayer
@@ -26,8 +26,9 @@ class Record:
     """One module.
 
     adapters: name -> method; implementation: what runs the adapted product ("native",
-    "reference", "layer" when the base layer itself is called, "peft" when PEFT's own forward is),
-    None for a module without adapter; reason: why a faster one does not;
+    "reference", "layer" when the base layer itself is called, "plain" when the method multiplies
+    in plain PyTorch, "peft" when PEFT's own forward runs), None for a module without adapter;
+    reason: why a faster one does not;
     flops: of the adapters, per token, forward.
     """
 
@@ -110,7 +111,7 @@ def explain(model: Any, tokens: int = 512, *, require: float | None = None) -> E
     """
     root = getattr(model, "adapter_root", model)
     records = []
-    for path, module in targets.walk(root):
+    for path, module in [("", root), *targets.walk(root)]:
         own = list(module.parameters(recurse=targets.is_adapted(module)))
         if own:
             records.append(asdict(_record(path, module, own, tokens)))
@@ -135,8 +136,9 @@ def _record(path: str, module: nn.Module, own: list[Any], tokens: int) -> Record
         facts = {"kind": frozen.kind.name, "format": frozen.weight.name}
         facts["adapters"] = {n: a.name for n, a in held.adapters.items()}
         reason = None if isinstance(held, AdaptedLayer) else held.why_not_ours()
+        reason = reason and ("peft", reason)
         facts["implementation"], facts["reason"] = (
-            ("peft", reason) if reason is not None else _implementation(frozen, tokens)
+            reason or _state(held) or _implementation(frozen, tokens)
         )
         facts["flops"] = 2 * _adapter_parameters(held)
     elif isinstance(module, ModulesToSaveWrapper):
@@ -150,6 +152,70 @@ def _record(path: str, module: nn.Module, own: list[Any], tokens: int) -> Record
     elif type(own[0]).__name__ == "Int8Params":
         facts["format"] = "bnb8"
     return Record(module=path, parameters=sum(p.numel() for p in own), trainable=trainable, **facts)
+
+
+def _state(layer: Any) -> tuple[str, str] | None:
+    """Why adapters do not run, or run beside the fused op; None when all active ones go through
+    it."""
+    active = [layer.adapters[n] for n in layer.active_adapters if n in layer.adapters]
+    if layer.disable_adapters or layer.merged or not active:
+        off = "disabled" if layer.disable_adapters else "merged" if layer.merged else "not active"
+        return "layer", f"the adapters are {off}"
+    reason = layer.frozen.why_not_fused()
+    if reason is not None:
+        return "layer", reason
+    found = ((a.name, _asks(a, layer.frozen)) for a in active)
+    return next(
+        ((asked, f"{name}: {_ASKED[asked]}") for name, asked in found if asked != "op"), None
+    )
+
+
+_ASKED = {
+    "layer": "the method changes the layer's input or output, and calls it",
+    "plain": "the method multiplies by a weight of its own in plain PyTorch",
+}
+
+
+def _asks(adapter: Any, frozen: FrozenLayer) -> str:
+    """What the method asks of its base first: "op", "layer" or "plain"."""
+    weight = frozen.weight.layer.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    x = torch.zeros(1, frozen.shape[1], dtype=dtype, device=weight.device)
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            adapter.forward(x, _Probe(frozen))
+    except _Asked as asked:
+        return str(asked)
+    return "plain"
+
+
+class _Asked(Exception):
+    pass
+
+
+class _Probe:
+    """A base that runs nothing: it says what was asked of it first."""
+
+    def __init__(self, base: FrozenLayer) -> None:
+        self._base = base
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise _Asked("layer")
+
+    def low_rank(self, *_: Any) -> Tensor:
+        raise _Asked("op")
+
+    def apply(self, *_: Any) -> Tensor:
+        raise _Asked("plain")
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return x
+
+    def row_norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        return a.new_ones(self._base.shape[0])
 
 
 def _of_peft(module: Any) -> dict[str, Any]:
@@ -175,9 +241,6 @@ def _adapter_parameters(layer: Any) -> int:
 
 
 def _implementation(frozen: FrozenLayer, tokens: int) -> tuple[str, str | None]:
-    reason = frozen.why_not_fused()
-    if reason is not None:
-        return "layer", reason
     bits = frozen.bits()
     x = torch.empty((tokens, frozen.shape[1]), device=frozen.weight.layer.weight.device)
     empty = x.new_empty(0)

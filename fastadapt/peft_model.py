@@ -332,6 +332,6 @@ def _reduce(self: Any, protocol: Any) -> Any:
     return _rebuild, (type(self)._own,), self.__dict__
 
 
-def _rebuild(cls: type[Any]) -> Any:
+def _rebuild(cls: Any) -> Any:
     return object.__new__(joint(cls))
 

@@ -87,10 +87,11 @@ def refused(folder: Path, error: type[Exception], *says: str) -> None:
     for start, load in LOADERS.values():
         model = start()
         before, configs = tiny.snapshot(model), _configs(model)
-        with pytest.raises(error) as caught, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("error", FastAdaptWarning)
             warnings.filterwarnings("ignore", ".*is a pickle")
-            load(model, folder)
+            with pytest.raises(error) as caught:
+                load(model, folder)
         assert isinstance(caught.value, FastAdaptError)
         for text in says:
             assert text in str(caught.value)
@@ -179,7 +180,7 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
 def test_every_problem_is_in_one_error(saved: Path) -> None:
     def spoil(tensors: dict[str, Tensor]) -> None:
         gone, bent, broken, endless = sorted(tensors)[:4]
-        tensors["base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"] = tensors.pop(gone)
+        tensors[Q.replace("layers.0", "layers.7")] = tensors.pop(gone)
         tensors[bent] = torch.zeros(3, 5)
         tensors[broken][0, 0] = float("nan")
         tensors[endless][0, 0] = float("inf")
@@ -187,7 +188,7 @@ def test_every_problem_is_in_one_error(saved: Path) -> None:
     names = sorted(load_file(saved / TENSORS))[:4]
     rewrite(saved, spoil)
     refused(
-        saved, CheckpointError, f"missing: {names[0]}", "unexpected: base_model.model.model.layers.7",
+        saved, CheckpointError, f"missing: {names[0]}", "unexpected: base_model.model.model.layers",
         f"shape of {names[1]}: expected", "got (3, 5)", f"not finite: {names[2]}",
         f"not finite: {names[3]}",
     )  # fmt: skip
@@ -221,7 +222,7 @@ def test_leniently_what_fits_is_loaded_with_a_warning(saved: Path) -> None:
     want = load_file(saved / TENSORS)
     rewrite(saved, lambda t: t.update({"something.else": t.pop(Q)}))
     for start, load in LOADERS.values():
-        with pytest.warns(FastAdaptWarning, match="missing(.|\n)*unexpected: something.else"):
+        with pytest.warns(FastAdaptWarning, match=r"missing(.|\n)*unexpected: something.else"):
             model = load(start(), saved, strict=False)
         name = "loaded" if load is into_new_name else "default"
         found = {n.replace(f".{name}", ""): p for n, p in model.named_parameters() if name in n}
@@ -453,7 +454,7 @@ def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for where in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none"),
                   Path("/dev/null")):  # fmt: skip
-        with pytest.raises(OutputError, match="could not be written|expected a directory"):
+        with pytest.raises(OutputError, match=r"could not be written|expected a directory"):
             adapted().save_pretrained(where)
     assert (tmp_path / "file").read_text() == "mine"
 

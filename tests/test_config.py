@@ -62,9 +62,9 @@ JUNK = [
 
 @pytest.mark.parametrize("r", [0, -1, MAX_RANK + 1, 3_000_000, 1 << 70, 1.5, "8", None, True, [8]])
 def test_rank_is_checked(r: Any) -> None:
-    with pytest.raises(ConfigError, match="`?r`?"):
+    with pytest.raises(ConfigError, match=r"`?r`?: |`r` should"):
         fastadapt.LoraConfig(r=r)
-    with pytest.raises(ConfigError, match="`?r`?"):
+    with pytest.raises(ConfigError, match=r"`?r`?: |`r` should"):
         fastadapt.LoraConfig(rank_pattern={"q_proj": r})
 
 
@@ -161,7 +161,7 @@ def test_json_both_ways(values: dict[str, Any], tmp_path: Path) -> None:
 def test_a_dict_of_fields() -> None:
     values = {"peft_type": "LORA", "r": 4}
     assert from_dict(values).r == 4  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="lora_alpa.*did you mean 'lora_alpha'"):
+    with pytest.raises(ConfigError, match=r"lora_alpa.*did you mean 'lora_alpha'"):
         from_dict({**values, "lora_alpa": 4})
     with pytest.raises(ConfigError, match="peft_type"):
         from_dict({"r": 4})
@@ -169,7 +169,7 @@ def test_a_dict_of_fields() -> None:
 
 @pytest.mark.parametrize("thing", [None, 5, "LORA", ["LORA"], {"peft_type": "LORRA"}])
 def test_what_is_no_config(thing: Any) -> None:
-    with pytest.raises(ConfigError, match="expected|did you mean"):
+    with pytest.raises(ConfigError, match=r"expected|did you mean"):
         as_config(thing)
 
 

@@ -172,9 +172,14 @@ def test_law_6_what_is_saved_loads_to_the_same_outputs(
     move(model.base_model.model.layer)
     model.save_pretrained(tmp_path)
     again = fastadapt.PeftModel.from_pretrained(OneLayer(copy.deepcopy(base)), tmp_path)
+    held, loaded = dict(model.named_parameters()), dict(again.named_parameters())
+    assert held.keys() == loaded.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in held.items())
     with torch.no_grad():
         y, start = model.eval()(x), base(x)
-        assert torch.equal(again.eval()(x), y)
+        # a convolution rounds its sums by where its memory happens to lie: one rounding more
+        rounding_once = torch.finfo(y.dtype).eps / 2 * y.abs().max().item()
+        check(again.eval()(x), y, y.double(), cost=rounding_once)
         assert not torch.equal(y, start)
 
 
@@ -426,10 +431,10 @@ def cost_of(layer: AdaptedLayer, names: list[str], x: Tensor, fmt: str) -> float
 
 
 def spread(rounded: list[Tensor], exact: Tensor) -> float:
-    """Two standard deviations of the element that varies most."""
+    """Three standard deviations of the element that varies most."""
     if exact.numel() == 0:
         return 0.0
-    return 2 * (torch.stack(rounded) - exact).square().mean(0).max().sqrt().item()
+    return 3 * (torch.stack(rounded) - exact).square().mean(0).max().sqrt().item()
 
 
 def rounding(fmt: str, seed: int) -> Any:

@@ -207,7 +207,7 @@ def test_the_head_of_a_task_is_trained_without_asking(door: Any) -> None:
 def test_a_quantised_module_cannot_be_trained_whole(door: Any, fmt: str) -> None:
     model = tiny.model(fmt=fmt)
     before = tiny.snapshot(model)
-    with pytest.raises(UnsupportedError, match="up_proj.*4-bit|up_proj.*int8|up_proj.*quantised"):
+    with pytest.raises(UnsupportedError, match=r"up_proj.*4-bit|up_proj.*int8|up_proj.*quantised"):
         door(model, config(modules_to_save=["up_proj"]))
     tiny.assert_same(model, before)
 
@@ -216,7 +216,7 @@ def test_a_quantised_module_cannot_be_trained_whole(door: Any, fmt: str) -> None
 def test_a_name_without_a_module(door: Any) -> None:
     model = tiny.model()
     before = tiny.snapshot(model)
-    with pytest.raises(TargetError, match="no module is named.*lm_hed"):
+    with pytest.raises(TargetError, match=r"no module is named.*lm_hed"):
         door(model, config(modules_to_save=["lm_head", "lm_hed"]))
     tiny.assert_same(model, before)
 

@@ -379,9 +379,7 @@ def op_arguments() -> dict[str, list[tuple[Any, ...]]]:
     ("name", "index"), [(n, i) for n, calls in op_arguments().items() for i in range(len(calls))]
 )
 def test_opcheck(name: str, index: int, implementation: str, device: str) -> None:
-    args = [
-        v.to(device) if isinstance(v, Tensor) else v for v in op_arguments()[name][index]
-    ]
+    args = [v.to(device) if isinstance(v, Tensor) else v for v in op_arguments()[name][index]]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor",
              "test_aot_dispatch_static", "test_aot_dispatch_dynamic")  # fmt: skip
     with dispatch.use(implementation):

@@ -69,7 +69,7 @@ def test_selection_is_pefts(
 def test_default_targets_are_pefts() -> None:
     peft = pytest.importorskip("peft")
     theirs = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    assert targets.DEFAULT_TARGETS == dict(theirs)
+    assert dict(theirs) == targets.DEFAULT_TARGETS
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -116,12 +116,12 @@ def test_one_of_several_names_without_a_match() -> None:
     config = fastadapt.LoraConfig(target_modules=["q_proj", "v_prj"])
     model = tiny.model()
     before = tiny.snapshot(model)
-    with pytest.raises(TargetError, match="'v_prj'.*did you mean 'v_proj'.*allow_unmatched=True"):
+    with pytest.raises(TargetError, match=r"'v_prj'.*did you mean 'v_proj'.*allow_unmatched=True"):
         fastadapt.patch(model, config)
     tiny.assert_same(model, before)
-    with pytest.warns(FastAdaptWarning, match="'v_prj'.*did you mean 'v_proj'"):
+    with pytest.warns(FastAdaptWarning, match=r"'v_prj'.*did you mean 'v_proj'"):
         fastadapt.patch(model, config, allow_unmatched=True)
-    with pytest.warns(FastAdaptWarning, match="'v_prj'.*did you mean 'v_proj'"):
+    with pytest.warns(FastAdaptWarning, match=r"'v_prj'.*did you mean 'v_proj'"):
         made = fastadapt.get_peft_model(tiny.model(), config)
     assert len(dict(made.named_parameters())) > len(before["tensors"])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models made from configs (no download): Llama, GPT-2, Bert, dense or quantised by bitsandbytes.
+"""Tiny Llama, GPT-2 and Bert made from configs (no download), dense or quantised by bitsandbytes.
 
 Weights are wide and biases are not zero, so that a bias, a scale or a layer that is lost shows.
 """

@@ -66,14 +66,18 @@ def in_own_dtype() -> Iterator[None]:
 
 
 def decode(n: int, k: int, kind: str, nested: bool, blocksize: int, dtype: torch.dtype) -> None:
-    """bitsandbytes' bits, and the same values in a wider dtype."""
+    """bitsandbytes' bits, and the same values in a wider dtype. FP4 has two zeros: bitsandbytes
+    gives one of them another sign than its own codebook has, and there values are compared."""
     g = torch.Generator().manual_seed(n + k)
     bits = quantised(torch.randn(n, k, generator=g).to(dtype), kind, nested=nested,
                      blocksize=blocksize)  # fmt: skip
     want = decoded(bits).view(n, k)
     with use("triton"):
-        assert same_bits(nf4_dequant(bits), want)
-        assert same_bits(nf4_dequant(bits, F32), want.float())
+        got, wide = nf4_dequant(bits), nf4_dequant(bits, F32)
+    with use("reference"):
+        assert same_bits(got, nf4_dequant(bits))
+    assert same_bits(got, want) if kind == "nf4" else torch.equal(got, want)
+    assert same_bits(wide, got.float())
 
 
 DECODE_SHAPES = ((1, 64), (3, 5), (7, 24), (130, 64), (5, 192))
@@ -100,13 +104,12 @@ def decode_misaligned() -> None:
     buffer[1:] = bits.packed.reshape(-1)
     moved = bits._replace(packed=buffer[1:])
     a, b = torch.randn(5, 128) / 10, torch.randn(64, 5)
+    w = decoded(bits)
     with use("triton"):
-        assert same_bits(nf4_dequant(moved), nf4_dequant(bits))
-        assert same_bits(row_norm(moved, a, b, 0.5), row_norm(bits, a, b, 0.5)) or (
-            # another loop over the same numbers
-            (row_norm(moved, a, b, 0.5) - row_norm(bits, a, b, 0.5)).abs().max()
-            <= 4 * torch.finfo(F32).eps * row_norm(bits, a, b, 0.5).max()
-        )
+        assert same_bits(nf4_dequant(moved), w)
+        got = row_norm(moved, a, b, 0.5)
+    oracle = torch.linalg.vector_norm(w.double() + 0.5 * (b.double() @ a.double()), dim=1)
+    check(got, torch.linalg.vector_norm(w + 0.5 * (b @ a), dim=1), oracle)
 
 
 # dropout

@@ -19,7 +19,7 @@ from fastadapt.adapter import Adapter
 from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 
-_VALUE = (
+_V_PROJ = (
     "opt gptj gpt_neo bart llama llama4 mistral mixtral phi gemma gemma2 gemma3_text qwen2 qwen3"
 )
 
@@ -32,8 +32,8 @@ class BeftConfig(AdapterConfig):
 
     without = ("exclude_modules", "layers_to_transform", "layers_pattern")
     default_targets = {  # noqa: RUF012
-        **dict.fromkeys(_VALUE.split(), ["v_proj"]), **dict.fromkeys(("t5", "mt5"), ["v"]),
-        **dict.fromkeys(("bert", "roberta"), ["value"]), "deberta-v2": ["value_proj"],
+        **{key: ["v_proj"] for key in _V_PROJ.split()}, "t5": ["v"], "mt5": ["v"],
+        "bert": ["value"], "roberta": ["value"], "deberta-v2": ["value_proj"],
     }  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -41,9 +41,9 @@ class GloraConfig(AdapterConfig):
 
     r: int = 8
     bias: str = "none"
-    config_A_B: str = "lora"  # noqa: N815 - PEFT's name
-    config_C: str = "lora"  # noqa: N815
-    config_D_E: str = "constant"  # noqa: N815
+    config_A_B: str = "lora"
+    config_C: str = "lora"
+    config_D_E: str = "constant"
     init_weights: bool = True
 
     without = ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -145,4 +145,5 @@ class Glora(Adapter):
         return y + self._bias(bias, moved[:, None]).to(y.dtype)
 
     def _bias(self, bias: Tensor, moved: Tensor) -> Tensor:
-        return bias + bias * self["glora_D"]() + self["glora_E"]() + moved.flatten()
+        d, e = self["glora_D"](), self["glora_E"]()
+        return torch.addcmul(bias + e + moved.flatten(), bias, d)

@@ -108,7 +108,8 @@ class Gralora(DeltaAdapter):
 
     def delta(self) -> Tensor:
         a, b = self._pair()
-        return ((b * self["scaling"]) @ a).view(self._shape)
+        scale: float = self["scaling"]
+        return ((b * scale) @ a).view(self._shape)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         p, scale = self.rate("gralora_dropout"), self["scaling"]

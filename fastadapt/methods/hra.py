@@ -37,7 +37,7 @@ class HRAConfig(AdapterConfig):
     """
 
     r: int = 8
-    apply_GS: bool = False  # noqa: N815 - PEFT's name
+    apply_GS: bool = False
     init_weights: bool = True
     bias: str = "none"
 

@@ -32,8 +32,8 @@ class LilyConfig(AdapterConfig):
     """
 
     r: int = 32
-    stride_A: int = 1  # noqa: N815 - PEFT's name
-    num_B: int = 2  # noqa: N815
+    stride_A: int = 1
+    num_B: int = 2
     scaling: float = 1.0
     init_weights: bool = True
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastadapt.adapter import Adapter
-from fastadapt.base import Base, compose
+from fastadapt.base import Base, Stacked, compose
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError
 from fastadapt.ops.precision import product_dtype

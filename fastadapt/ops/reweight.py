@@ -48,15 +48,16 @@ class ReweightFunction(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         low = product_dtype(ctx.out, x.device)
-        wanted = [p for p, need in zip(ctx.parameters, ctx.needs_input_grad[3:], strict=True) if need]
+        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        wanted = [p for p, need in zip(ctx.parameters, needs, strict=True) if need]
         with torch.autocast(x.device.type, enabled=False):
             with torch.enable_grad():
                 w = ctx.make()
             g = g.to(low)
-            dx = (g @ w.detach().to(ctx.out).to(low)).to(x.dtype) if ctx.needs_input_grad[0] else None
-            found = iter(())
+            dx = (g @ w.detach().to(ctx.out).to(low)).to(x.dtype) if need_x else None
+            found: tuple[Tensor, ...] = ()
             if wanted:
                 dw = g.flatten(0, -2).t() @ x.to(low).flatten(0, -2)
-                found = iter(torch.autograd.grad(w, wanted, dw.to(w.dtype)))
-        grads = [next(found) if need else None for need in ctx.needs_input_grad[3:]]
-        return dx, None, None, *grads
+                found = torch.autograd.grad(w, wanted, dw.to(w.dtype))
+        left = iter(found)
+        return dx, None, None, *(next(left) if need else None for need in needs)

@@ -65,7 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
         "GloraConfig", "bert", target_modules=["query", "key"], config_A_B="vector",
         config_C="vector", config_D_E="vector", init_weights=False,
     ),
-    "glora-constant": case("GloraConfig", **ALL, config_A_B="constant", scale=0.05),
+    "glora-constant": case("GloraConfig", **ALL, config_A_B="constant", scale=0.05, lr=1e-5),
     "peanut": case("PeanutConfig", **ALL, r=4),
     "peanut-deep": case(
         "PeanutConfig", **ATTENTION, r=4, depth=2, act_fn="gelu", scaling=0.5, init_weights=False

@@ -17,8 +17,8 @@ from torch import Tensor
 import fastadapt
 from fastadapt import testing
 from tests import tiny
-from tests.tiny import one_thread  # noqa: F401
 from tests.parity.variants import CASES, VARIANTS, adapted, oracle, peft, share
+from tests.tiny import one_thread  # noqa: F401
 
 pytestmark = pytest.mark.parity
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One adapted model of PEFT and one of ours, from the same seed, with the float64 oracle of both."""
+"""An adapted model of PEFT and one of ours, from the same seed, with the float64 oracle of both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastadapt
 from tests import tiny
 
 peft = pytest.importorskip("peft")
@@ -101,7 +100,7 @@ def oracle(name: str, fmt: str) -> Any:
 
 
 def share(source: Any, *others: Any) -> None:
-    """Values that are not the start values, the same in every model; ``source`` says what trains."""
+    """Other values than at the start, the same in every model; ``source`` says what trains."""
     given = dict(source.named_parameters())
     tiny.randomise(source)
     with torch.no_grad():
