@@ -338,7 +338,7 @@ def _added(base: Base, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) 
 
 def _norm(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     wide = torch.promote_types(w.dtype, torch.float32)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(w.device.type, enabled=False):
         delta = compose(a.to(wide), b.to(wide)) * scale
         norm: Tensor = torch.linalg.vector_norm((w.to(wide) + delta).flatten(1), dim=1)
         return norm

@@ -80,7 +80,7 @@ class PeftConfig:
         for name, hint in _hints(own).items():
             value = getattr(self, name)
             if value is not None and not _fits(value, hint):
-                expected = getattr(hint, "__name__", hint)
+                expected = hint.__name__ if isinstance(hint, type) else hint
                 raise ConfigError(f"{name}: expected {expected}, got {reprlib.repr(value)}")
         if self.task_type is not None and self.task_type not in [t.value for t in TaskType]:
             raise ConfigError(

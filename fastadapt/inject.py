@@ -124,9 +124,7 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def set_bias_trainable(
-    model: nn.Module, config: AdapterConfig, name: str, trainable: bool
-) -> None:
+def set_bias_trainable(model: nn.Module, config: AdapterConfig, name: str, trainable: bool) -> None:
     """``bias="all"`` trains every bias of the base, "<method>_only" those of adapted layers."""
     mode = getattr(config, "bias", "none")
     if mode == "none" or not trainable:
@@ -239,9 +237,7 @@ def _replace(model: nn.Module, path: str, wrapper: type[Any]) -> Any:
     return made
 
 
-def _place(
-    adapter: Adapter, base: FrozenLayer, autocast: bool, placed: dict[int, Part]
-) -> None:
+def _place(adapter: Adapter, base: FrozenLayer, autocast: bool, placed: dict[int, Part]) -> None:
     """Parts to the base's device and dtype; half precision is widened when ``autocast`` is on."""
     device, dtype = base.layer.weight.device, base.weight.dtype
     for key, part in adapter.parts.items():

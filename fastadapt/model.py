@@ -108,9 +108,7 @@ class Adapters:
             self.eval()  # type: ignore[attr-defined]
         return report
 
-    def set_adapter(
-        self, adapter_name: str | Sequence[str], inference_mode: bool = False
-    ) -> None:
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one or several adapters active and trainable; all others are frozen."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:

@@ -87,9 +87,7 @@ class ModulesToSaveWrapper(nn.Module):
             del self.modules_to_save[adapter_name]
         self._active = [n for n in self._active if n != adapter_name]
 
-    def forward(
-        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
-    ) -> Any:
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         names = adapter_names if adapter_names is not None else self.rows
         if names is None or self._disabled:
             return self.in_use(*args, **kwargs)

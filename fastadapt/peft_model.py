@@ -334,4 +334,3 @@ def _reduce(self: Any, protocol: Any) -> Any:
 
 def _rebuild(cls: Any) -> Any:
     return object.__new__(joint(cls))
-

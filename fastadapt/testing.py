@@ -374,8 +374,10 @@ def adapter_parameters(layer: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def in_float64(
     layer: AdaptedLayer, noise: Callable[[Tensor], Tensor] = lambda t: t
 ) -> Iterator[None]:
-    """Adapter parameters as float64, with ``noise`` done to them, inside the ``with``."""
-    held = [(p, p.data) for _, p in adapter_parameters(layer) if p.is_floating_point()]
+    """Adapter parameters and buffers as float64, ``noise`` done to them, inside the ``with``."""
+    buffers = [b for k, b in layer.named_buffers() if "base_layer" not in k.split(".")]
+    tensors = [*(p for _, p in adapter_parameters(layer)), *buffers]
+    held = [(t, t.data) for t in tensors if t.is_floating_point()]
     try:
         for parameter, data in held:
             parameter.data = noise(data.double())

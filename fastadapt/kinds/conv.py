@@ -69,7 +69,5 @@ class Conv(Kind):
                 "support is limited to conv layers where the rank is divisible by groups."
             )
         make: Any = cls
-        a = make(
-            layer.in_channels, r, layer.kernel_size, layer.stride, layer.padding, bias=False
-        )
+        a = make(layer.in_channels, r, layer.kernel_size, layer.stride, layer.padding, bias=False)
         return a, make(r, layer.out_channels, 1, 1, groups=layer.groups, bias=bias)

@@ -151,7 +151,7 @@ def triton_steps() -> Steps:
         da: Tensor = kernels.down_grad(x.to(du.dtype), du, p, seed, dtype)
         return da
 
-    return Steps(_decoded_product(decode), down, kernels.up_grad, down_grad, kernels.input_grad)
+    return Steps(product, down, kernels.up_grad, down_grad, kernels.input_grad)
 
 
 _native_decoded = _decoded_product(_decode_native)

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastadapt.ops import dropout, low_rank, native, nf4, row_norm  # noqa: F401 (registers the ops)
+from fastadapt.ops import (  # noqa: F401 (registers the ops)
+    dropout,
+    low_rank,
+    native,
+    nf4,
+    rotate,
+    row_norm,
+)
 from fastadapt.ops.bits import Nf4, flatten
 from fastadapt.ops.dispatch import IMPLEMENTATIONS, OPS, Op, use
 from fastadapt.patch.report import versions
@@ -158,7 +165,7 @@ def _cases(device: torch.device) -> dict[str, tuple[Any, ...]]:
     )  # fmt: skip
     x, a, b, g = normal(m, k), normal(r, k), normal(n, r), normal(m, n)
     seed = torch.tensor([1234], device=device)
-    f32 = torch.float32
+    f32, turn = torch.float32, normal(4, 8, 8)
     weight = flatten(bits)
     _, u = low_rank.low_rank_fwd_reference(x, None, a, b, 0.5, 0.25, seed, f32, f32, *weight)
     return {
@@ -167,6 +174,8 @@ def _cases(device: torch.device) -> dict[str, tuple[Any, ...]]:
         "low_rank_fwd": (x, None, a, b, 0.5, 0.25, seed, f32, f32, *weight),
         "low_rank_bwd": (g, x, u, a, b, 0.5, 0.25, seed, f32, True, True, True, *weight),
         "row_norm": (a, b, 0.5, *weight),
+        "rotate_fwd": (x, turn, False, f32),
+        "rotate_bwd": (x, normal(m, k), turn),
     }
 
 

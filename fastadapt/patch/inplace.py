@@ -157,9 +157,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     raise LifecycleError(f"expected a model that fastadapt patched, got {type(model).__name__}")
 
 
-def save_adapters(
-    model: Adapters, folder: Any, selected: list[str] | None, **options: Any
-) -> None:
+def save_adapters(model: Adapters, folder: Any, selected: list[str] | None, **options: Any) -> None:
     """Write the chosen adapters; all are checked before the first is written."""
     names = list(model._configs) if selected is None else selected
     unknown = [n for n in names if n not in model._configs]
@@ -214,5 +212,3 @@ def _is_peft(model: nn.Module) -> bool:
     return any(c.__module__.startswith("peft.") for c in type(model).__mro__) and not isinstance(
         model, Adapters
     )
-
-

@@ -71,7 +71,7 @@ def _gemm(transposed: bool) -> Callable[[str], Iterator[Variant]]:
     def variants(dtype: str) -> Iterator[Variant]:
         size = GEMM[transposed, DTYPES[dtype].itemsize]
         fixed = size.launch() | {"QBLOCK": 64, "ROUND": nf4.TL_DTYPE[DTYPES[dtype]]}
-        for tokens in (t for t in (16, 32, 64) if t <= size.tokens):
+        for tokens in sorted({16, size.tokens}):
             for name, nested in (_FLAT, _NESTED):
                 for whole in (None,) if transposed else (True, False)[: 1 + bool(nested)]:
                     yield Variant(
@@ -81,7 +81,7 @@ def _gemm(transposed: bool) -> Callable[[str], Iterator[Variant]]:
                         _absmax(nested), elements=size.out * size.depth,
                         # in fp32 most instructions multiply
                         decodes=whole is not False and dtype != "fp32",
-                        quick=bool(nested) and whole is not False and tokens != 32,
+                        quick=bool(nested) and whole is not False,
                     )  # fmt: skip
 
     return variants

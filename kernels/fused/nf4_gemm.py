@@ -94,7 +94,7 @@ def add_product(
     x = x if x.stride(1) == 1 else x.contiguous()
     out, inner = (n, k) if transposed else (k, n)
     size = gemm(transposed, x.itemsize)
-    tokens = max(16, min(size.tokens, triton.next_power_of_2(m)))
+    tokens = 16 if m <= 16 else size.tokens
     tiles = triton.cdiv(out, size.out) * triton.cdiv(m, tokens)
     steps = triton.cdiv(inner, size.depth)
     depth = triton.cdiv(steps, splits(tiles, steps, x.device))

@@ -47,8 +47,8 @@ TILES: dict[str, dict[int, dict[int, Tile]]] = {
     },
     "row_norm": {
         2: {16: _LARGE, 32: _LARGE, 64: _WIDE, 128: _WIDE},
-        4: {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 4, 2), 64: Tile(64, 64, 8, 2),
-            128: Tile(64, 64, 8, 2)},
+        4: {16: Tile(32, 64, 8, 2), 32: Tile(32, 64, 8, 2), 64: Tile(32, 64, 8, 2),
+            128: Tile(32, 32, 8, 2)},
     },
 }  # fmt: skip
 
@@ -67,7 +67,7 @@ def tile(kernel: str, r: int, itemsize: int) -> Tile:
 
 
 class GemmTile(NamedTuple):
-    """out x depth weights are decoded a round; tokens: at most."""
+    """out x depth weights are decoded a round, for 16 tokens or for ``tokens``."""
 
     out: int
     depth: int
@@ -90,7 +90,7 @@ GEMM_BLOCK = 64
 GEMM: dict[tuple[bool, int], GemmTile] = {
     (True, 2): GemmTile(128, GEMM_BLOCK, 64, 4, 3),
     (False, 2): GemmTile(GEMM_BLOCK, 128, 64, 4, 3),
-    (True, 4): GemmTile(64, GEMM_BLOCK, 32, 4, 2),
+    (True, 4): GemmTile(64, GEMM_BLOCK, 16, 4, 2),
     (False, 4): GemmTile(GEMM_BLOCK, 32, 32, 4, 2),
 }
 

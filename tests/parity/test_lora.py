@@ -112,6 +112,4 @@ def _allowed(plain: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, fl
     floor = max(sizes.values()) * torch.finfo(torch.float32).eps ** 0.5
     worst = max(errors[k] / s for k, s in sizes.items() if s > floor)
     noise = max((errors[k] for k, s in sizes.items() if s <= floor), default=0.0)
-    return {
-        k: 2 * (max(errors[k], worst * s) if s > floor else noise) for k, s in sizes.items()
-    }
+    return {k: 2 * (max(errors[k], worst * s) if s > floor else noise) for k, s in sizes.items()}

@@ -120,6 +120,3 @@ def outputs(model: Any, kind: str) -> Tensor:
     inputs.pop("labels")
     with torch.no_grad():
         return model.eval()(**inputs).logits  # type: ignore[no-any-return]
-
-
-
