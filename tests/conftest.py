@@ -5,6 +5,7 @@ nothing is fetched."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,20 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What nobody wrote reads as NaN, in every empty tensor and in the reused buffers."""
+    import torch
+
+    from fastadapt.ops import scratch
+
+    take = scratch.take
+    monkeypatch.setattr(scratch, "take", lambda *args: take(*args).fill_(torch.nan))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

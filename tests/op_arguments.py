@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of every registered op, for what PyTorch checks of an op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastadapt.ops.bits import Nf4, flatten
+from fastadapt.testing import LowRankCase
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def op_arguments() -> dict[str, list[tuple[Any, ...]]]:
+    t = LowRankCase(m=4, bits="nf4").make()
+    dense = LowRankCase(m=4, dtype=BF16, pair=F32).make()
+    seed, u = torch.tensor([12]), torch.randn(4, 8)
+    turn = torch.randn(2, 4, 4)
+    flat, nothing = flatten(t.bits), flatten(None)
+    assert isinstance(t.bits, Nf4)
+    return {
+        "nf4_dequant": [(*t.bits, F32), (*t.bits, BF16)],
+        "dropout": [(t.x, seed, 0.3, BF16)],
+        "row_norm": [(t.a, t.b, 1.7, *flat), (t.a, t.b, 1.7, *flatten(dense.bits))],
+        "low_rank_fwd": [
+            (t.x, t.bias, t.a, t.b, 1.7, 0.3, seed, F32, F32, *flat),
+            (dense.x, None, dense.a, dense.b, 1.7, 0.0, None, BF16, BF16, *flatten(dense.bits)),
+            (t.x, None, t.a, t.b, 1.7, 0.0, None, F32, F32, *nothing),
+        ],
+        "low_rank_bwd": [
+            (t.g, t.x, u, t.a, t.b, 1.7, 0.3, seed, F32, True, True, True, *flat),
+            (t.g, t.x, u, t.a, t.b, 1.7, 0.0, None, F32, True, False, False, *flat),
+            (t.g, t.x, u, t.a, t.b, 1.7, 0.0, None, F32, False, True, False, *nothing),
+        ],
+        "rotate_fwd": [(t.x, turn, False, F32), (t.x, turn, True, BF16)],
+        "rotate_bwd": [(t.x, torch.randn_like(t.x), turn)],
+    }
