@@ -49,6 +49,9 @@ _NAMES = {
     "fastadapt.methods.glora": "GloraConfig",
     "fastadapt.methods.peanut": "PeanutConfig",
     "fastadapt.methods.lily": "LilyConfig",
+    "fastadapt.optimizers": (
+        "create_loraplus_optimizer create_lorafa_optimizer create_riemannian_optimizer"
+    ),
     "fastadapt.peft_model": (
         "get_peft_model PeftModel PeftModelForCausalLM PeftModelForSeq2SeqLM "
         "PeftModelForSequenceClassification PeftModelForTokenClassification "

@@ -54,6 +54,7 @@ ROOMS = {
     "inits": METHOD,
     "prompts": METHOD,
     "routers": METHOD,
+    "optimizers": Room(lazy="bitsandbytes"),
     **dict.fromkeys(MODEL, CORE),
     "targets": CORE._replace(eager="torch regex"),
     "peft_model": OUTER,
