@@ -2,11 +2,11 @@
 """Compile every Triton kernel for NVIDIA GPUs that need not be there, and count what came out.
 
     python bench/aot.py                     all, into bench/results/aot/table.json + docs/kernels.md
-    python bench/aot.py --quick --out x.json    one architecture, the variants of the test run
+    python bench/aot.py --quick --out x.json    the variants of the test run
 
 Registers, spills, shared memory, tensor-core instructions, instructions an element. The laws: no
 spill; tensor cores in every 16-bit product; shared memory that fits; NF4 decode in at most 9.2
-instructions an element on sm_90.
+instructions an element on sm_90, 7.5 in the forward product with the pair table.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from fastadapt.kernels.builds import ROWS, Row, Variant
+from fastadapt.kernels.builds import DECODE_LIMIT, PAIR_LIMIT, ROWS, Row, Variant
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -38,7 +38,6 @@ PAGE = ROOT / "docs" / "kernels.md"
 
 SHARED_LIMIT = {80: 163, 86: 99, 90: 227, 100: 227}
 """sm -> kB a program may have."""
-DECODE_LIMIT = 9.2
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 TENSOR_CORE = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -53,14 +52,15 @@ class Job(NamedTuple):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the variants of the test run, sm_90")
+    parser.add_argument("--quick", action="store_true", help="the variants of the test run")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--arch", type=int, nargs="*", choices=SHARED_LIMIT)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write here instead of the committed table")
     known = parser.parse_args()
-    archs = known.arch or ([90] if known.quick else list(SHARED_LIMIT))
-    table = measure([j for j in jobs(archs, known.quick) if known.only in _name(j)], known.jobs)
+    archs = known.arch or list(SHARED_LIMIT)
+    todo = [j for j in jobs(known.quick) if known.only in _name(j) and j.arch in archs]
+    table = measure(todo, known.jobs)
     broken = [f"{key(row)}: {law}" for row in table["rows"] for law in laws(row)]
     out = known.out or TABLE
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -72,21 +72,33 @@ def main() -> int:
     return 1 if broken and known.out is None else 0
 
 
-def jobs(archs: list[int], quick: bool) -> Iterator[Job]:
-    """fp16 differs from bf16 in a type alone: of it only the quick variants are compiled."""
+def jobs(quick: bool) -> Iterator[Job]:
+    """Every variant in bf16 for sm_80, sm_90 and sm_100, in fp32 for sm_80 and sm_90.
+
+    fp16 differs from bf16 in a type alone, and sm_86 from sm_80 in how much shared memory there is:
+    of these only the quick variants are compiled. ``quick``: those, in bf16; for all but sm_90 the
+    first of each kernel."""
     for r, row in enumerate(ROWS):
-        for dtype in ("bf16", "fp32") if quick else ("bf16", "fp16", "fp32"):
+        for dtype, archs in (("bf16", (80, 86, 90, 100)), ("fp16", (80, 90)), ("fp32", (80, 90))):
+            first = True
             for v, variant in enumerate(row.variants(dtype)):
-                if variant.quick or not (quick or dtype == "fp16"):
-                    yield from (Job(r, dtype, v, arch) for arch in archs)
+                for arch in archs:
+                    sampled = variant.quick and dtype == "bf16" and (first or arch == 90)
+                    whole = variant.quick or (dtype != "fp16" and arch != 86)
+                    if sampled if quick else whole:
+                        yield Job(r, dtype, v, arch)
+                first = first and not variant.quick
 
 
-def measure(todo: list[Job], workers: int = 1) -> dict[str, Any]:
-    if workers == 1:
-        rows = [compiled(job) for job in todo]
-    else:
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            rows = list(pool.map(compiled, todo, chunksize=8))
+def measure(todo: Iterable[Job], workers: int = 1) -> dict[str, Any]:
+    # anew each time: a table must not show what an earlier compiler left on the disk
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        if workers == 1:
+            rows = [compiled(job) for job in todo]
+        else:
+            with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+                rows = list(pool.map(compiled, todo, chunksize=8))
     return {"triton": triton.__version__, "rows": rows}
 
 
@@ -129,7 +141,7 @@ def compiled(job: Job) -> dict[str, Any]:
         "dots": variant.dots,
         "instructions": len(opcodes),
         "per_element": round(len(loop) * threads / variant.elements, 2) if counted else None,
-        "decodes": variant.decodes,
+        "limit": variant.limit if variant.decodes else None,
     }
 
 
@@ -140,10 +152,11 @@ def laws(row: dict[str, Any]) -> list[str]:
         broken.append(f"{row['spills']} spills, a stack of {row['stack']} B")
     if row["dots"] and row["dtype"] != "fp32" and not row["tensor_core"]:
         broken.append("no tensor-core instruction")
-    if row["shared"] > SHARED_LIMIT[row["arch"]] * 1024:
+    # what is compiled for sm_80 runs on sm_86 too
+    if row["shared"] > SHARED_LIMIT[86 if row["arch"] == 80 else row["arch"]] * 1024:
         broken.append(f"{row['shared']} B of shared memory")
-    if row["decodes"] and row["arch"] == 90 and not (row["per_element"] or 99) <= DECODE_LIMIT:
-        broken.append(f"{row['per_element']} instructions an element, at most {DECODE_LIMIT}")
+    if row["limit"] and row["arch"] == 90 and not (row["per_element"] or 99) <= row["limit"]:
+        broken.append(f"{row['per_element']} instructions an element, at most {row['limit']}")
     return broken
 
 
@@ -164,8 +177,12 @@ def page(table: dict[str, Any]) -> str:
         "- No variant spills a register, on sm_80, sm_86, sm_90 or sm_100.",
         "- Every product of 16-bit matrices uses tensor cores. A product of fp32 matrices is in "
         "full fp32 precision, on plain FMA units.",
-        f"- Decoding NF4 takes at most {DECODE_LIMIT} instructions an element on sm_90.",
-        "- fp16 compiles to what bf16 does; fewer of its variants are compiled.",
+        f"- Decoding NF4 takes at most {DECODE_LIMIT} instructions an element on sm_90, and at "
+        f"most {PAIR_LIMIT} in the forward product with the pair table "
+        "(`FASTADAPT_NF4_TABLE=pair`: the codebook is rounded to the 16-bit type before it is "
+        "scaled; the default is exact).",
+        "- fp16 compiles to what bf16 does, and sm_86 to what sm_80 does: of these fewer variants "
+        "are compiled, and what sm_80 asks of shared memory must fit sm_86.",
         "",
         "*instr/element*: SASS instructions for each element of the main loop's tile (of the "
         "whole program, where there is no loop) on sm_90, addresses and loop included. Registers "
@@ -178,11 +195,11 @@ def page(table: dict[str, Any]) -> str:
         for row in rows.values():
             if row["kernel"] != kernel or row["arch"] != 90:
                 continue
-            others = [rows.get(key(row | {"arch": arch}), row) for arch in SHARED_LIMIT]
+            others = [rows.get(key(row | {"arch": arch})) for arch in SHARED_LIMIT]
             tensor = " ".join(f"{n} {kind}" for kind, n in row["tensor_core"].items())
             lines.append(_line([
                 row["variant"] or "-", row["dtype"], row["fixed"]["num_warps"],
-                " / ".join(str(other["registers"]) for other in others),
+                " / ".join(str(other["registers"]) if other else "-" for other in others),
                 f"{row['shared'] / 1024:.1f}", tensor or "-", row["per_element"] or "-",
             ]))  # fmt: skip
     return "\n".join(lines) + "\n"

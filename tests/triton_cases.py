@@ -114,6 +114,25 @@ def decode_misaligned() -> None:
     check(got, torch.linalg.vector_norm(w + 0.5 * (b @ a), dim=1), oracle)
 
 
+def pairs(transposed: bool) -> None:
+    """With the pair table the product sees the codebook rounded to 16 bits before it is scaled,
+    and no other difference: times the identity, that is the decoded weight itself."""
+    from fastadapt.kernels.nf4_gemm import add_product
+
+    bits = quantised(torch.randn(70, 64).to(F16), nested=True)
+    rounded = bits._replace(code=bits.code.half().float())
+    unit = torch.eye(64 if transposed else 70, dtype=F16)
+    want = nf4_dequant(rounded)
+    assert not torch.equal(want, nf4_dequant(bits))
+    os.environ["FASTADAPT_NF4_TABLE"] = "pair"
+    try:
+        y = torch.zeros(*(want.t() if transposed else want).shape, dtype=F16)
+        got = add_product(y, unit, *bits, transposed=transposed)
+    finally:
+        del os.environ["FASTADAPT_NF4_TABLE"]
+    assert torch.equal(got.t() if transposed else got, want)
+
+
 # dropout
 
 
@@ -374,6 +393,8 @@ CASES: dict[str, Callable[[], None]] = {
     **DECODES,
     "decode-two_levels": decode_two_levels,
     "decode-misaligned": decode_misaligned,
+    "decode-pairs": partial(pairs, True),
+    "decode-pairs_back": partial(pairs, False),
     **DROPS,
     "dropout-strided": drop_strided,
     **LOW_RANKS,
@@ -388,7 +409,7 @@ SPREAD = {
     *(f"decode-{n}x{k}-nf4{nested}-64-{short}" for n, k in DECODE_SHAPES
       for nested in ("", "-nested") for short in ("fp32", "fp16")),
     "decode-5x192-fp4-nested-64-fp32", "decode-130x64-nf4-nested-128-fp16", "decode-two_levels",
-    "decode-misaligned", "dropout-strided",
+    "decode-misaligned", "decode-pairs", "decode-pairs_back", "dropout-strided",
     *(name for name in DROPS if "-p0.5-" in name),
     *(f"low_rank-{LowRankCase(bits=bits, dtype=dtype, p=0.3)}"
       for bits in ("none", "dense", "nf4", "nf4-flat", "fp4") for dtype in (F32, F16)),

@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 import torch
 
 from . import dropout, low_rank, nf4, nf4_gemm, row_norm
-from .tiles import GEMM, INPUT_GRAD, TILES
+from .tiles import INPUT_GRAD, TILES, gemm
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DECODE_LIMIT, PAIR_LIMIT = 9.2, 7.5
+"""Instructions an element: a look-up for each, and a look-up for two in y = x W^T. dx = g W cannot
+hold as large a tile in registers and stays at 8.6."""
 
 
 class Variant(NamedTuple):
@@ -27,6 +30,7 @@ class Variant(NamedTuple):
     dots:     it multiplies matrices
     elements: weights or inputs that one round of its loop (without one: a program) works on
     decodes:  these elements are 4-bit codes, and little else is done with them
+    limit:    instructions an element that decoding may take on sm_90
     quick:    in the default test run
     """
 
@@ -36,6 +40,7 @@ class Variant(NamedTuple):
     dots: bool = True
     elements: int = 0
     decodes: bool = False
+    limit: float = DECODE_LIMIT
     quick: bool = False
 
 
@@ -69,20 +74,23 @@ def _dequant(dtype: str) -> Iterator[Variant]:
 
 def _gemm(transposed: bool) -> Callable[[str], Iterator[Variant]]:
     def variants(dtype: str) -> Iterator[Variant]:
-        size = GEMM[transposed, DTYPES[dtype].itemsize]
-        fixed = size.launch() | {"QBLOCK": 64, "ROUND": nf4.TL_DTYPE[DTYPES[dtype]]}
-        for tokens in sorted({16, size.tokens}):
-            for name, nested in (_FLAT, _NESTED):
-                for whole in (None,) if transposed else (True, False)[: 1 + bool(nested)]:
-                    yield Variant(
-                        f"{tokens} tokens {name}{' ragged n' if whole is False else ''}",
-                        fixed | {"TOKENS": tokens, "NESTED_BLOCK": nested}
-                        | ({} if transposed else {"WHOLE": whole}),
-                        _absmax(nested), elements=size.out * size.depth,
-                        # in fp32 most instructions multiply
-                        decodes=whole is not False and dtype != "fp32",
-                        quick=bool(nested) and whole is not False,
-                    )  # fmt: skip
+        for pairs in (False, True) if DTYPES[dtype].itemsize == 2 else (False,):
+            size = gemm(transposed, DTYPES[dtype].itemsize, pairs)
+            fixed = size.launch() | {"QBLOCK": 64, "ROUND": nf4.TL_DTYPE[DTYPES[dtype]]}
+            for tokens in sorted({16, size.tokens}):
+                for name, nested in (_NESTED,) if pairs else (_FLAT, _NESTED):
+                    for whole in (None,) if transposed else (True, False)[: 1 + bool(nested)]:
+                        yield Variant(
+                            f"{tokens} tokens {name}{' pairs' if pairs else ''}"
+                            f"{' ragged n' if whole is False else ''}",
+                            fixed | {"TOKENS": tokens, "NESTED_BLOCK": nested, "PAIRS": pairs}
+                            | ({} if transposed else {"WHOLE": whole}),
+                            _absmax(nested), elements=size.out * size.depth,
+                            # in fp32 most instructions multiply
+                            decodes=whole is not False and dtype != "fp32",
+                            limit=PAIR_LIMIT if pairs and transposed else DECODE_LIMIT,
+                            quick=bool(nested) and whole is not False,
+                        )  # fmt: skip
 
     return variants
 

@@ -34,16 +34,46 @@ def scale_of(
 
 
 @triton.jit
-def decode(packed, table):
-    """packed: (R, B), uint8 or int32 of four bytes -> fp32 (R, 2 B or 8 B), without the scale.
-
-    The even element is in the high nibble. One gather for all: each writes the table to shared
-    memory and waits for it."""
+def _bytes(packed):
+    """uint8 as it is, int32 as its four bytes; the bits above the eighth are anything."""
     if packed.dtype == tl.uint8:
         byte = packed.to(tl.int32)
     else:
         half = tl.interleave(packed, packed >> 16)
         byte = tl.interleave(half, half >> 8)
+    return byte
+
+
+@triton.jit
+def pair_table(code, ROUND: tl.constexpr):
+    """256 x int32: both values of a byte, rounded to 16 bits, the even element in the low half."""
+    byte = tl.arange(0, 256)
+    even = tl.load(code + (byte >> 4)).to(ROUND).to(tl.int16, bitcast=True).to(tl.int32)
+    odd = tl.load(code + (byte & 15)).to(ROUND).to(tl.int16, bitcast=True).to(tl.int32)
+    return (even & 0xFFFF) | (odd << 16)
+
+
+@triton.jit
+def decode_pairs(packed, table, ROUND: tl.constexpr):
+    """As ``decode``, by one look-up a byte in ``pair_table``: the codebook rounded to ROUND."""
+    byte = _bytes(packed) & 255
+    pair = tl.reshape(tl.gather(table, tl.reshape(byte, (byte.numel,)), 0), byte.shape)
+    if tl.bfloat16 == ROUND:
+        even = (pair << 16).to(tl.float32, bitcast=True)
+        odd = (pair & -65536).to(tl.float32, bitcast=True)
+    else:
+        even = (pair & 0xFFFF).to(tl.int16).to(ROUND, bitcast=True).to(tl.float32)
+        odd = (pair >> 16).to(tl.int16).to(ROUND, bitcast=True).to(tl.float32)
+    return tl.interleave(even, odd)
+
+
+@triton.jit
+def decode(packed, table):
+    """packed: (R, B), uint8 or int32 of four bytes -> fp32 (R, 2 B or 8 B), without the scale.
+
+    The even element is in the high nibble. One gather for all: each writes the table to shared
+    memory and waits for it."""
+    byte = _bytes(packed)
     nibble = tl.interleave(byte >> 4, byte) & 15
     return tl.reshape(tl.gather(table, tl.reshape(nibble, (nibble.numel,)), 0), nibble.shape)
 
@@ -52,16 +82,21 @@ def decode(packed, table):
 def decode_tile(
     words, absmax, code, nested_absmax, nested_code, offset, rows, column, k,
     QBLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    ROUND: tl.constexpr = tl.float32, PAIRS: tl.constexpr = False,
 ):  # fmt: skip
     """W[rows, column ... column + COLUMNS] in fp32. words: int32; rows: int64, all of them in W.
 
-    The columns of a row lie in one quantisation block, so that a row has one scale."""
-    table = tl.load(code + tl.arange(0, 16))
+    The columns of a row lie in one quantisation block, so that a row has one scale.
+    PAIRS: the codebook rounded to the 16-bit type ROUND, a byte a look-up; else the exact one."""
     start = rows * k + column
     word = tl.load(words + start[:, None] // 8 + tl.arange(0, COLUMNS // 8)[None, :])
     scale = scale_of(start // QBLOCK, None, absmax, nested_absmax, nested_code, offset,
                      NESTED_BLOCK)  # fmt: skip
-    return decode(word, table) * scale[:, None]
+    if PAIRS:
+        value = decode_pairs(word, pair_table(code, ROUND), ROUND)
+    else:
+        value = decode(word, tl.load(code + tl.arange(0, 16)))
+    return value * scale[:, None]
 
 
 @triton.jit

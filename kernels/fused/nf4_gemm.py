@@ -5,14 +5,22 @@
     x: (m, k)  g: (m, n)  W: (n, k) packed  ->  (m, n), (m, k)
 
 fp32 accumulation; a reduction that is split writes partial sums, added in a fixed order.
+
+FASTADAPT_NF4_TABLE=pair asks for one look-up a byte instead of one an element: the codebook is then
+rounded to the 16-bit type before it is scaled, an error of the size of that of rounding W. The
+default, ``exact``, has bitsandbytes' values.
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastadapt.errors import ConfigError
 
 from .launch import splits
 from .nf4 import TL_DTYPE, decode_tile, words
@@ -27,7 +35,7 @@ measured)."""
 def nf4_gemm_fwd_kernel(
     x, words, absmax, code, nested_absmax, nested_code, offset, parts, m, n, k, stride_x, depth,
     QBLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROUND: tl.constexpr, TOKENS: tl.constexpr,
-    OUT: tl.constexpr, DEPTH: tl.constexpr,
+    OUT: tl.constexpr, DEPTH: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """parts[split] = x[:, chunk] W[:, chunk]^T; grid (n blocks, m blocks, splits).
 
@@ -41,7 +49,7 @@ def nf4_gemm_fwd_kernel(
     first = split * depth * DEPTH
     for column in range(first, min(first + depth * DEPTH, k), DEPTH):
         w = decode_tile(words, absmax, code, nested_absmax, nested_code, offset, w_rows, column, k,
-                        QBLOCK, NESTED_BLOCK, DEPTH).to(ROUND)  # fmt: skip
+                        QBLOCK, NESTED_BLOCK, DEPTH, ROUND, PAIRS).to(ROUND)  # fmt: skip
         columns = column + tl.arange(0, DEPTH)
         xt = tl.load(x + tokens[None, :] * stride_x + columns[:, None], mask=known[None, :],
                      other=0.0)  # fmt: skip
@@ -54,7 +62,7 @@ def nf4_gemm_fwd_kernel(
 def nf4_gemm_bwd_kernel(
     g, words, absmax, code, nested_absmax, nested_code, offset, parts, m, n, k, stride_g, depth,
     QBLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROUND: tl.constexpr, TOKENS: tl.constexpr,
-    OUT: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
+    OUT: tl.constexpr, DEPTH: tl.constexpr, PAIRS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """parts[split] = g[:, chunk] W[chunk]; WHOLE: DEPTH divides n.
     grid (k blocks, m blocks, splits)."""
@@ -69,7 +77,7 @@ def nf4_gemm_bwd_kernel(
         known_here = known[:, None] if WHOLE else known[:, None] & (rows < n)[None, :]
         w = decode_tile(words, absmax, code, nested_absmax, nested_code, offset,
                         tl.minimum(rows, n - 1), column, k, QBLOCK, NESTED_BLOCK,
-                        OUT).to(ROUND)  # fmt: skip
+                        OUT, ROUND, PAIRS).to(ROUND)  # fmt: skip
         tile = tl.load(g + tokens[:, None] * stride_g + rows[None, :],
                        mask=known_here, other=0.0)  # fmt: skip
         acc = tl.dot(tile, w, acc, input_precision="ieee")
@@ -84,6 +92,14 @@ def serves(tokens: int, k: int, blocksize: int, dtype: torch.dtype) -> bool:
     return 0 < tokens <= MAX_TOKENS and aligned and dtype in TL_DTYPE
 
 
+def pair_table_wanted() -> bool:
+    """What FASTADAPT_NF4_TABLE says; ConfigError where that is neither exact nor pair."""
+    table = os.environ.get("FASTADAPT_NF4_TABLE", "exact")
+    if table not in ("exact", "pair"):
+        raise ConfigError(f"FASTADAPT_NF4_TABLE must be exact or pair, got {table!r}")
+    return table == "pair"
+
+
 def add_product(
     y: Tensor, x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor,
     nested_absmax: Tensor | None, nested_code: Tensor | None, offset: Tensor | None,
@@ -93,7 +109,8 @@ def add_product(
     m = x.shape[0]
     x = x if x.stride(1) == 1 else x.contiguous()
     out, inner = (n, k) if transposed else (k, n)
-    size = gemm(transposed, x.itemsize)
+    pairs = pair_table_wanted() and x.itemsize == 2
+    size = gemm(transposed, x.itemsize, pairs)
     tokens = 16 if m <= 16 else size.tokens
     tiles = triton.cdiv(out, size.out) * triton.cdiv(m, tokens)
     steps = triton.cdiv(inner, size.depth)
@@ -106,6 +123,6 @@ def add_product(
         x, words(packed), absmax, code, nested_absmax if nested else code,
         nested_code if nested else code, offset if nested else code, parts, m, n, k, x.stride(0),
         depth, QBLOCK=blocksize, NESTED_BLOCK=nested_blocksize if nested else 0,
-        ROUND=TL_DTYPE[x.dtype], TOKENS=tokens, **whole, **size.launch(),
+        ROUND=TL_DTYPE[x.dtype], TOKENS=tokens, PAIRS=pairs, **whole, **size.launch(),
     )  # fmt: skip
     return (parts.sum(0) + y).to(y.dtype)
