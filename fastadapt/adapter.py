@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from fastadapt.ops.low_rank_mixed import Pair
+
 if TYPE_CHECKING:
     from fastadapt.base import Base
     from fastadapt.config import AdapterConfig
@@ -86,6 +88,11 @@ class Adapter:
         w, bias = self.merged(*base.read())
         y = base.apply(x, w.to(x.dtype if x.is_floating_point() else base.dtype))
         return y if bias is None else y + base.channels(bias).to(y.dtype)
+
+    def low_rank_pair(self) -> Pair | None:
+        """The pair of a method whose forward is ``base.low_rank`` of it and nothing else: rows of
+        several such adapters share one product with the base. None for any other method."""
+        return None
 
     def file_key(self, part: str, leaf: str) -> str | None:
         """The key of a tensor in PEFT's file, below the layer's path: the part, and its leaf when

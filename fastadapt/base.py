@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from fastadapt.kinds import kind_of
 from fastadapt.ops.bits import Bits, Dense
 from fastadapt.ops.dropout import dropout
 from fastadapt.ops.low_rank import low_rank
+from fastadapt.ops.low_rank_mixed import Pair, low_rank_mixed
 from fastadapt.ops.precision import compute_dtype
 from fastadapt.ops.row_norm import row_norm
 from fastadapt.weights import format_of
@@ -24,7 +26,7 @@ from fastadapt.weights import format_of
 if TYPE_CHECKING:
     from fastadapt.adapter import Adapter
 
-Pair = tuple[nn.Module | nn.Parameter, nn.Module | nn.Parameter]
+Parts = tuple[nn.Module | nn.Parameter, nn.Module | nn.Parameter]
 
 
 class Base(Protocol):
@@ -66,7 +68,7 @@ class Base(Protocol):
     def inputs(self, v: Tensor) -> Tensor:
         """v: (channels of the input,) shaped to scale the input."""
 
-    def pair(self, r: int, bias: bool = False) -> Pair:
+    def pair(self, r: int, bias: bool = False) -> Parts:
         """Fresh maps in -> r and r -> out."""
 
     def orient(self, w: Tensor) -> Tensor:
@@ -164,7 +166,7 @@ class FrozenLayer:
     def inputs(self, v: Tensor) -> Tensor:
         return self.kind.inputs(v)
 
-    def pair(self, r: int, bias: bool = False) -> Pair:
+    def pair(self, r: int, bias: bool = False) -> Parts:
         return self.kind.pair(r, bias)
 
     def orient(self, w: Tensor) -> Tensor:
@@ -189,6 +191,16 @@ class FrozenLayer:
             x, a, b, scale, bits=self.bits(), bias=self.bias, p=p,
             compute=self.weight.compute(x), out=compute_dtype(x),
         )  # fmt: skip
+
+    def low_rank_mixed(self, x: Tensor, pairs: Sequence[Pair], index: Sequence[int]) -> Tensor:
+        """Row i of the batch through the layer and ``pairs[index[i]]``, the layer's own product
+        once; for a layer whose weight is a matrix over the last channel of x."""
+        more: dict[str, Any] = {"n": self.shape[0], "out": compute_dtype(x)}
+        if self.why_not_fused() is None:
+            more |= {"bits": self.bits(), "bias": self.bias, "compute": self.weight.compute(x)}
+            return low_rank_mixed(x, pairs, index, **more)
+        y = self(x)
+        return y + low_rank_mixed(x, pairs, index, compute=more["out"], **more).to(y.dtype)
 
     def row_norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
         bits = self.bits() if self.kind.product else None
@@ -285,7 +297,7 @@ class Stacked:
     def inputs(self, v: Tensor) -> Tensor:
         return self.base.inputs(v)
 
-    def pair(self, r: int, bias: bool = False) -> Pair:
+    def pair(self, r: int, bias: bool = False) -> Parts:
         return self.base.pair(r, bias)
 
     def orient(self, w: Tensor) -> Tensor:

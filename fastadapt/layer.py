@@ -279,12 +279,27 @@ class AdaptedLayer(nn.Module):
         rows: dict[str, list[int]] = {}
         for i, name in enumerate(names):
             rows.setdefault(name if name in self.adapters else BASE_NAME, []).append(i)
+        one_product = None if args or kwargs else self._one_product(x, list(rows), names)
+        if one_product is not None:
+            return one_product
         groups = [torch.tensor(r, device=x.device) for r in rows.values()]
         parts = [
             self.stack([name], args, kwargs)(x.index_select(0, group))
             for name, group in zip(rows, groups, strict=True)
         ]
         return torch.cat(parts).index_select(0, torch.cat(groups).argsort())
+
+    def _one_product(self, x: Tensor, groups: list[str], names: Sequence[str]) -> Tensor | None:
+        """All rows through one product with the base, where every adapter is a low-rank pair."""
+        frozen = self.frozen
+        if frozen.indexed or len(frozen.shape) != 2:
+            return None
+        held = [self.adapters[name] for name in groups if name in self.adapters]
+        pairs = [pair for pair in (a.low_rank_pair() for a in held) if pair is not None]
+        if len(pairs) < len(held):
+            return None
+        place = {name: i for i, name in enumerate(n for n in groups if n in self.adapters)}
+        return frozen.low_rank_mixed(x, pairs, [place.get(name, -1) for name in names])
 
     def _set_requires_grad(self, name: str, flag: bool) -> None:
         constant = self.adapters[name].constant

@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import pkgutil
+from importlib import import_module
 from typing import Any
 
 import torch
 
+from fastadapt import ops
 from fastadapt.ops.bits import Nf4, flatten
 from fastadapt.testing import LowRankCase
+
+for _module in pkgutil.iter_modules(ops.__path__, "fastadapt.ops."):
+    import_module(_module.name)  # each registers its ops
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -20,6 +26,10 @@ def op_arguments() -> dict[str, list[tuple[Any, ...]]]:
     turn = torch.randn(2, 4, 4)
     flat, nothing = flatten(t.bits), flatten(None)
     assert isinstance(t.bits, Nf4)
+    low, high = torch.randn(2, 64), torch.randn(48, 2)
+    pairs = [t.a, low], [t.b, high]
+    index, plain = [1, -1, 0, 1], ([1.7, 0.5], [0.3, 0.0], torch.tensor([5, 6]))
+    wide = torch.randn(4, 8)
     return {
         "nf4_dequant": [(*t.bits, F32), (*t.bits, BF16)],
         "dropout": [(t.x, seed, 0.3, BF16)],
@@ -33,6 +43,25 @@ def op_arguments() -> dict[str, list[tuple[Any, ...]]]:
             (t.g, t.x, u, t.a, t.b, 1.7, 0.3, seed, F32, True, True, True, *flat),
             (t.g, t.x, u, t.a, t.b, 1.7, 0.0, None, F32, True, False, False, *flat),
             (t.g, t.x, u, t.a, t.b, 1.7, 0.0, None, F32, False, True, False, *nothing),
+        ],
+        "low_rank_mixed_fwd": [
+            (t.x, t.bias, *pairs, 48, *plain, index, F32, F32, *flat),
+            (t.x, None, *pairs, 48, [1.0, 2.0], [0.0, 0.0], None, index, F32, BF16, *nothing),
+        ],
+        "low_rank_mixed_bwd": [
+            (t.g, t.x, wide, *pairs, *plain, index, F32, True, [True] * 4, *flat),
+            (
+                t.g,
+                t.x,
+                wide,
+                *pairs,
+                *plain,
+                index,
+                F32,
+                False,
+                [True, False, False, True],
+                *nothing,
+            ),
         ],
         "rotate_fwd": [(t.x, turn, False, F32), (t.x, turn, True, BF16)],
         "rotate_bwd": [(t.x, torch.randn_like(t.x), turn)],

@@ -292,6 +292,30 @@ SPLITS = {
 }  # fmt: skip
 
 
+def mixed(bits: str, dtype: torch.dtype, p: tuple[float, ...]) -> None:
+    """Several adapters of different ranks in one batch."""
+    from tests import test_low_rank_mixed as rows
+
+    t, values, g = rows.leaves(bits, dtype, "cpu")
+    torch.manual_seed(0)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (3,), dtype=torch.int64)
+    oracle = rows.run(rows.by_rows(t, p, seeds, F64), values, g, F64)
+    plain = rows.run(rows.by_rows(t, p, seeds, dtype), values, g, dtype)
+    torch.manual_seed(0)
+    with use("triton"), in_own_dtype():
+        got = rows.run(rows.ours(t, p, dtype), values, g, dtype)
+    for name in oracle:
+        check(got[name], plain[name], oracle[name], what=name)
+
+
+MIXES = {
+    f"low_rank_mixed-{bits}-{name}-p{p[0]}": partial(mixed, bits, dtype, p)
+    for bits, (name, dtype), p in itertools.product(
+        ("none", "nf4"), (("fp32", F32), ("fp16", F16)), ((0.0, 0.0, 0.0), (0.3, 0.0, 0.5))
+    )
+}
+
+
 # row_norm
 
 
@@ -398,6 +422,7 @@ CASES: dict[str, Callable[[], None]] = {
     **DROPS,
     "dropout-strided": drop_strided,
     **LOW_RANKS,
+    **MIXES,
     **SPLITS,
     **NORMS,
     **REFUSED,
@@ -424,6 +449,7 @@ SPREAD = {
     f"low_rank-{LowRankCase(r=256, dtype=F16, p=0.3, k=128)}",
     "low_rank-odd_k", "low_rank-narrow_k",
     *SPLITS,
+    *(name for name in MIXES if name.endswith("p0.3")),
     *(f"row_norm-{shape}-r8-{bits}-{short}" for shape in ("65x192", "33x96", "16x200")
       for bits in ("dense", "flat", "nested") for short in ("fp32", "fp16")),
     "row_norm-1x64-r5-nested-fp32", "row_norm-65x192-r1-dense-fp32",

@@ -20,6 +20,7 @@ from fastadapt.adapter import Adapter, DeltaAdapter
 from fastadapt.base import Base, compose
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError, UnsupportedError
+from fastadapt.ops.low_rank_mixed import Pair
 from fastadapt.targets import pattern_value
 
 MAX_RANK = 1 << 16
@@ -188,6 +189,11 @@ class Lora(DeltaAdapter):
         y = base.low_rank(x, *self.pair(), self["scaling"], self.rate("lora_dropout"))
         extra = self._bias()
         return y if extra is None else y + base.channels(extra).to(y.dtype)
+
+    def low_rank_pair(self) -> Pair | None:
+        if type(self).forward is not Lora.forward or self["lora_bias"]:
+            return None
+        return Pair(*self.pair(), self["scaling"], self.rate("lora_dropout"))
 
     def _bias(self) -> Tensor | None:
         if not self["lora_bias"]:

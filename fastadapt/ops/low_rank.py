@@ -48,7 +48,7 @@ def low_rank(
     out:     the dtype of the result and of the low-rank part
     Raises KernelError for shapes that do not fit and for a p that ``check_p`` refuses.
     """
-    _check(x, a, b, bits, bias)
+    check_low_rank(x, a, b, bits, bias)
     check_p(p)
     seed = draw_seed(x.device) if p > 0 else None
     args = (x, bias, a, b, scale, p, seed, compute, out, *flatten(bits))
@@ -119,16 +119,17 @@ why_not_low_rank_bwd_native = why_not_low_rank_fwd_native
 
 def why_not_low_rank_fwd_triton(x: Tensor, bias: object, a: Tensor, *rest: Any) -> str | None:
     out = rest[5]
-    return _why_not_triton(x, a, out, rest[2] > 0)
+    return why_not_triton(x, a, out, rest[2] > 0)
 
 
 def why_not_low_rank_bwd_triton(
     g: Tensor, x: Tensor, u: Tensor, a: Tensor, *rest: Any
 ) -> str | None:
-    return _why_not_triton(x, a, u.dtype, rest[2] > 0)
+    return why_not_triton(x, a, u.dtype, rest[2] > 0)
 
 
-def _why_not_triton(x: Tensor, a: Tensor, dtype: torch.dtype, drops: bool) -> str | None:
+def why_not_triton(x: Tensor, a: Tensor, dtype: torch.dtype, drops: bool) -> str | None:
+    """Why the skinny kernels cannot serve this branch."""
     try:
         kernels = import_module("fastadapt.kernels.low_rank")
     except ImportError as error:
@@ -171,7 +172,8 @@ def _backward(
     return dx, da, db if need_b else nothing
 
 
-def _check(x: Tensor, a: Tensor, b: Tensor, bits: Bits | None, bias: Tensor | None) -> None:
+def check_low_rank(x: Tensor, a: Tensor, b: Tensor, bits: Bits | None, bias: Tensor | None) -> None:
+    """Raise KernelError where the shapes do not fit."""
     k, (r, n) = x.shape[-1], (a.shape[0], b.shape[0])
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != k or b.shape[1] != r:
         raise KernelError(
@@ -184,7 +186,7 @@ def _check(x: Tensor, a: Tensor, b: Tensor, bits: Bits | None, bias: Tensor | No
         raise KernelError(f"low_rank: expected bias (n={n},), got {tuple(bias.shape)}")
 
 
-_BITS = (
+BITS = (
     "Tensor? w, Tensor? absmax, Tensor? code, Tensor? nested_absmax, Tensor? nested_code, "
     "Tensor? offset, int blocksize, int nested_blocksize, SymInt n, SymInt k, ScalarType dtype"
 )
@@ -193,14 +195,14 @@ _PAIR = "Tensor a, Tensor b, float scale, float p, Tensor? seed, ScalarType comp
 low_rank_fwd = Op(
     "low_rank_fwd",
     "(Tensor x, Tensor? bias, Tensor a, Tensor b, float scale, float p, Tensor? seed, "
-    f"ScalarType compute, ScalarType out, {_BITS}) -> (Tensor, Tensor)",
+    f"ScalarType compute, ScalarType out, {BITS}) -> (Tensor, Tensor)",
     low_rank_fwd_reference,
     triton="fastadapt.ops.low_rank:low_rank_fwd_triton",
     native="fastadapt.ops.low_rank:low_rank_fwd_native",
 )
 low_rank_bwd = Op(
     "low_rank_bwd",
-    f"(Tensor g, Tensor x, Tensor u, {_PAIR}, bool need_x, bool need_a, bool need_b, {_BITS}) "
+    f"(Tensor g, Tensor x, Tensor u, {_PAIR}, bool need_x, bool need_a, bool need_b, {BITS}) "
     "-> (Tensor, Tensor, Tensor)",
     low_rank_bwd_reference,
     triton="fastadapt.ops.low_rank:low_rank_bwd_triton",
