@@ -52,6 +52,11 @@ _NAMES = {
     "fastadapt.optimizers": (
         "create_loraplus_optimizer create_lorafa_optimizer create_riemannian_optimizer"
     ),
+    "fastadapt.methods.psoft": "PsoftConfig",
+    "fastadapt.methods.supertuning": "SupertuningConfig",
+    "fastadapt.methods.osf": "OSFConfig",
+    "fastadapt.methods.frod": "FrodConfig",
+    "fastadapt.methods.adamss": "AdamssConfig",
     "fastadapt.peft_model": (
         "get_peft_model PeftModel PeftModelForCausalLM PeftModelForSeq2SeqLM "
         "PeftModelForSequenceClassification PeftModelForTokenClassification "

@@ -42,6 +42,11 @@ METHODS = {
     "GLORA": "glora:Glora",
     "PEANUT": "peanut:Peanut",
     "LILY": "lily:Lily",
+    "PSOFT": "psoft:Psoft",
+    "SUPERTUNING": "supertuning:Supertuning",
+    "OSF": "osf:Osf",
+    "FROD": "frod:Frod",
+    "ADAMSS": "adamss:Adamss",
 }
 """PEFT's type -> module of this package : class."""
 

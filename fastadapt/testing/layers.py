@@ -107,6 +107,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         f"road_{i}": {"variant": f"road_{i}", "group_size": 8} for i in (1, 2, 4)
     },
     "SHIRA": {"shira": {"r": 3}},
+    "PSOFT": {"psoft": {"r": 6, "psoft_alpha": 9}},
+    "SUPERTUNING": {
+        "supertuning": {"sparsity": 0.9}, "supra": {"sparsity": 0.9, "r": 3, "lora_alpha": 5},
+    },
+    "ADAMSS": {"adamss": {"r": 12, "num_subspaces": 3, "subspace_rank": 2}},
     "OFT": {
         "oft": {"oft_block_size": 8}, "oft_shared": {"oft_block_size": 8, "block_share": True},
         "oft_exact": {"oft_block_size": 8, "use_cayley_neumann": False},
