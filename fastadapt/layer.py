@@ -244,6 +244,8 @@ class AdaptedLayer(nn.Module):
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
         names = adapter_names if adapter_names is not None else self.rows
+        if adapter_names is not None:
+            self._refuse_unknown(adapter_names)
         if names is not None:
             return self._mixed(x, names, args, kwargs)
         if self.merged:
@@ -259,6 +261,16 @@ class AdaptedLayer(nn.Module):
             if name in self.adapters:
                 base = Stacked(self.adapters[name], base)
         return base  # type: ignore[no-any-return]
+
+    def _refuse_unknown(self, names: Sequence[str]) -> None:
+        """For names that were given to this layer; those of the whole model (``rows``) may belong
+        to other layers."""
+        unknown = sorted({str(n) for n in names} - {*self.adapters, BASE_NAME})
+        if unknown:
+            raise LifecycleError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; this layer "
+                f"has {sorted(self.adapters)}, and {BASE_NAME!r} is no adapter"
+            )
 
     def _mixed(
         self, x: Tensor, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -268,6 +268,8 @@ def test_a_mixed_batch_of_the_wrong_length_and_of_none() -> None:
     with pytest.raises(LifecycleError, match="2"):
         layer(x, adapter_names=["a0"])
     assert layer(x[:0], adapter_names=[]).shape == (0, 48)
+    with pytest.raises(LifecycleError, match=r"non-existing.*other.*has \['a0'\]"):
+        layer(x, adapter_names=["a0", "other"])
     layer.merge()
     with pytest.raises(LifecycleError, match="merged"):
         layer(x, adapter_names=["a0", "a0"])
