@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from fastadapt.errors import UnsupportedError
 from fastadapt.ops.low_rank_mixed import Pair
 
 if TYPE_CHECKING:
     from fastadapt.base import Base
+    from fastadapt.combine import Recipe
     from fastadapt.config import AdapterConfig
     from fastadapt.layer import AdaptedLayer
 
@@ -124,6 +126,15 @@ class Adapter:
     def on_step(cls, config: Any, adapters: dict[str, Any], step: int) -> None:
         """After backward of step ``step``, for methods with a schedule (``update_and_allocate``);
         may change the config, which is saved."""
+
+    @classmethod
+    def combined_config(cls, configs: list[Any], recipe: Recipe) -> Any:
+        """The configuration of a weighted combination of adapters of this method."""
+        raise UnsupportedError(f"add_weighted_adapter: {cls.name} adapters cannot be combined")
+
+    def combine(self, sources: list[tuple[Adapter, float]], recipe: Recipe, base: Base) -> None:
+        """Take the values of the weighted combination of adapters of the same layer."""
+        raise UnsupportedError(f"add_weighted_adapter: {self.name} adapters cannot be combined")
 
     def attach(self, layer: AdaptedLayer, key: str) -> None:
         """From now on ``layer`` holds the parts, under the adapter's name ``key``."""

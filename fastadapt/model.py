@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastadapt import checkpoint, inject, penalties
+from fastadapt import checkpoint, combine, inject, penalties, weighted
 from fastadapt.base import release_weights
 from fastadapt.config import AdapterConfig, as_config
 from fastadapt.errors import LifecycleError
@@ -176,6 +176,43 @@ class Adapters:
             )
         if left != was and left:
             self.set_adapter(left)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str | None = None,
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """A new, frozen adapter out of several: LoRA by any type of ``combine.TYPES`` (default
+        "svd"), IA3 by "linear". Nothing happens when the name is taken, as in PEFT.
+
+        Raises LifecycleError, ConfigError or UnsupportedError before the model is changed."""
+        if adapter_name in self._configs:
+            return
+        if len(weights) != len(adapters):
+            raise LifecycleError(f"expected {len(adapters)} weights, got {len(weights)}")
+        lora = all(hasattr(self._configs.get(name), "lora_alpha") for name in adapters)
+        how = combination_type or ("svd" if lora else "linear")
+        recipe = combine.Recipe(
+            how="linear" if len(adapters) == 1 and how in combine.TYPES else how, rank=svd_rank,
+            clamp=svd_clamp, full_matrices=svd_full_matrices, driver=svd_driver, density=density,
+            majority=majority_sign_method,
+        )  # fmt: skip
+        made = weighted.plan(self.adapter_root, self._configs, adapters, recipe)
+        self._check_new(adapter_name, made.config)
+        self._attach(made, adapter_name)
+        try:
+            weighted.fill(self.adapter_root, adapter_name, adapters, weights, recipe)
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            raise
 
     def update_and_allocate(self, global_step: int) -> None:
         """Advance methods that have a schedule (AdaLoRA's budget of ranks). Call it in each step

@@ -31,11 +31,11 @@ class Room(NamedTuple):
     types: str = ""
 
 
-METHOD = Room("base adapter config ops targets", types="layer")
+METHOD = Room("base adapter combine config ops targets", types="layer")
 MODEL = ["layer", "inject", "model", "modules_to_save", "checkpoint", "slots", "fingerprint"]
-MODEL += ["targets", "combine", "explain", "kbit", "reference", "penalties"]
+MODEL += ["targets", "weighted", "explain", "kbit", "reference", "penalties"]
 CORE = Room(
-    " ".join(["base adapter config files kinds methods ops", *MODEL]),
+    " ".join(["base adapter combine config files kinds methods ops", *MODEL]),
     lazy="safetensors huggingface_hub transformers peft rich tqdm",
 )
 OUTER = Room(lazy="*")
@@ -49,6 +49,7 @@ ROOMS = {
     "base": Room("weights kinds ops", types="adapter"),
     "config": Room("files methods targets", lazy="peft"),
     "files": Room(lazy="huggingface_hub"),
+    "combine": Room(),
     "adapter": METHOD,
     "methods": METHOD._replace(lazy="numpy"),  # PEFT draws some places with its generator
     "inits": METHOD,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastadapt.adapter import Adapter
 from fastadapt.base import Base
+from fastadapt.combine import Recipe
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError, TargetError
 from fastadapt.targets import full_match
@@ -137,3 +138,24 @@ class IA3(Adapter):
             y = base(x)
             return (y * vector[x].unsqueeze(-1)).to(y.dtype)
         return base((x * base.inputs(vector)).to(x.dtype))
+
+    @classmethod
+    def combined_config(cls, configs: list[Any], recipe: Recipe) -> Any:
+        kinds = {type(c.feedforward_modules) for c in configs}
+        if len(kinds) > 1:
+            raise ConfigError(
+                "all adapter configs should follow the same feedforward modules type, got "
+                f"{sorted(k.__name__ for k in kinds)}"
+            )
+        made = copy.copy(configs[0])
+        if kinds == {str}:
+            made.feedforward_modules = "|".join(f"({c.feedforward_modules})" for c in configs)
+        else:
+            made.feedforward_modules = {m for c in configs for m in c.feedforward_modules or ()}
+        made.target_modules = None
+        return made
+
+    def combine(self, sources: list[tuple[Adapter, float]], recipe: Recipe, base: Base) -> None:
+        with torch.no_grad():
+            tensors, weights = [s["ia3_l"] for s, _ in sources], [w for _, w in sources]
+            self["ia3_l"].copy_(recipe.total(tensors, weights))

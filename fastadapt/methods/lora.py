@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from fastadapt.adapter import Adapter, DeltaAdapter
 from fastadapt.base import Base, compose
+from fastadapt.combine import Recipe
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError, UnsupportedError
+from fastadapt.methods import lora_combine
 from fastadapt.ops.low_rank_mixed import Pair
 from fastadapt.targets import pattern_value
 
@@ -194,6 +196,13 @@ class Lora(DeltaAdapter):
         if type(self).forward is not Lora.forward or self["lora_bias"]:
             return None
         return Pair(*self.pair(), self["scaling"], self.rate("lora_dropout"))
+
+    @classmethod
+    def combined_config(cls, configs: list[Any], recipe: Recipe) -> Any:
+        return lora_combine.combined_config(configs, recipe)
+
+    def combine(self, sources: list[tuple[Adapter, float]], recipe: Recipe, base: Base) -> None:
+        lora_combine.combine(self, sources, recipe, base)
 
     def _bias(self) -> Tensor | None:
         if not self["lora_bias"]:
