@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "nf4_product.h"
+#include "nf4_avx512.h"
 
 namespace fastadapt {
 namespace {
@@ -20,6 +20,7 @@ void decode(const Nf4& w, T* out) {
   const int64_t grain = std::max<int64_t>(1, kGrain / w.blocksize);
   torch::stable::parallel_for(0, w.blocks(), grain, [&](int64_t begin, int64_t end) {
 #ifdef FASTADAPT_X86
+    if (has_avx512()) return decode_avx512(w, begin, end, out);
     if (has_avx2()) return decode_avx2(w, begin, end, out);
 #endif
     decode_plain(w, begin, end, out);
@@ -86,6 +87,43 @@ void nf4_dequant_(const Tensor& out, const Tensor& packed, const Tensor& absmax,
   }
 }
 
+void multiply_bf16(const Tensor& y, const Tensor& x, const Nf4& w, int64_t m, int64_t n, int64_t k, bool transposed) {
+#ifdef FASTADAPT_X86
+  if (has_avx512_bf16()) {
+    STD_TORCH_CHECK(w.blocksize % 64 == 0 && w.round == ScalarType::BFloat16,
+                    "a bfloat16 x needs a blocksize that is a multiple of 64 and dtype bfloat16, got ", w.blocksize, " and ",
+                    toString(w.round));
+    check_flat(x, "x", ScalarType::BFloat16, m * (transposed ? k : n));
+    check_flat(y, "y", ScalarType::BFloat16, m * (transposed ? n : k));
+    if (m == 0 || n == 0 || k == 0) return;
+    const HalfProduct p{w,
+                        static_cast<const uint16_t*>(x.const_data_ptr()),
+                        static_cast<uint16_t*>(y.mutable_data_ptr()),
+                        m,
+                        n,
+                        k};
+    // units of whole tiles, so that the sums do not depend on how many threads there are
+    if (transposed) {
+      const int64_t units = (n + kHalfRows - 1) / kHalfRows;
+      torch::stable::parallel_for(0, units, std::max<int64_t>(1, kGrain / (k * kHalfRows)), [&](int64_t begin, int64_t end) {
+        std::vector<uint16_t> rows(kHalfRows * k);
+        forward_bf16(p, begin * kHalfRows, std::min(n, end * kHalfRows), rows.data());
+      });
+      return;
+    }
+    torch::stable::parallel_for(0, k / 64, std::max<int64_t>(1, kGrain / (n * 64)), [&](int64_t begin, int64_t end) {
+      std::vector<uint16_t> tile(2 * kPairs * kWide);
+      std::vector<uint32_t> pairs(m * kPairs);
+      std::vector<float> sums(m * kWide);
+      for (int64_t c = begin * 64; c < end * 64; c += kWide)
+        backward_bf16(p, c, std::min(kWide, end * 64 - c), tile.data(), pairs.data(), sums.data());
+    });
+    return;
+  }
+#endif
+  STD_TORCH_CHECK(false, "a bfloat16 x needs a CPU with AVX-512 BF16; pass x and y as float32");
+}
+
 void nf4_product_(const Tensor& y, const Tensor& x, const Tensor& packed, const Tensor& absmax, const Tensor& code,
                   const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
                   const std::optional<Tensor>& offset, int64_t blocksize, int64_t nested_blocksize, int64_t n, int64_t k,
@@ -94,6 +132,11 @@ void nf4_product_(const Tensor& y, const Tensor& x, const Tensor& packed, const 
   const int64_t m = x.size(0);
   STD_TORCH_CHECK(blocksize >= 32 && blocksize % 32 == 0 && k % blocksize == 0,
                   "blocksize must be a multiple of 32 and divide k, got blocksize ", blocksize, " and k ", k);
+  if (x.scalar_type() == ScalarType::BFloat16) {
+    const Nf4 w = checked(packed, absmax, code, nested_absmax, nested_code, offset, blocksize, nested_blocksize, n * k, dtype,
+                          ScalarType::BFloat16);
+    return multiply_bf16(y, x, w, m, n, k, transposed);
+  }
   check_flat(x, "x", ScalarType::Float, m * (transposed ? k : n));
   check_flat(y, "y", ScalarType::Float, m * (transposed ? n : k));
   Product p{};

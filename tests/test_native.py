@@ -224,6 +224,61 @@ def test_nf4_product_is_within_the_bound_of_a_dot_product(
     assert ((y.double() - exact).abs() <= bound).all()
 
 
+needs_bf16 = pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="this CPU has no AVX-512 BF16"
+)
+
+
+@needs_native
+@needs_bf16
+@pytest.mark.native
+@pytest.mark.parametrize("transposed", [True, False], ids=["xWt", "xW"])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 5, 6, 17])
+@pytest.mark.parametrize(
+    ("n", "k", "blocksize"),
+    [(1, 64, 64), (5, 64, 64), (37, 192, 64), (65, 1024, 128), (130, 640, 64)],
+)
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+def test_nf4_product_in_bf16_rounds_once(
+    n: int, k: int, blocksize: int, nested: bool, tokens: int, transposed: bool
+) -> None:
+    bits = quantised(n * k, blocksize, nested=nested, seed=n)
+    w = decoded(bits, n * k, torch.bfloat16, torch.float32).view(n, k)
+    w = w.t() if transposed else w
+    g = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, w.shape[0], generator=g).bfloat16()
+    start = torch.randn(tokens, w.shape[1], generator=g).bfloat16()
+    room = torch.full((tokens * w.shape[1] + 64,), 7.0, dtype=torch.bfloat16)
+    y = room[31 : 31 + start.numel()].view_as(start).copy_(start)
+    native.nf4_product_(y, x, *bits, n, k, torch.bfloat16, transposed)
+    exact = start.double() + x.double() @ w.double()
+    terms = w.shape[0] + 1
+    bound = terms * 2**-24 * (start.abs().double() + x.abs().double() @ w.abs().double())
+    assert ((y.double() - exact).abs() <= 1.01 * bound + 2**-8 * exact.abs()).all()
+    assert (room[:31] == 7).all()
+    assert (room[31 + start.numel() :] == 7).all()
+
+
+@needs_native
+@needs_bf16
+@pytest.mark.native
+def test_nf4_product_in_bf16_does_not_depend_on_the_number_of_threads() -> None:
+    n, k = 514, 2112
+    bits = quantised(n * k, 64, nested=True)
+    x, g = torch.randn(7, k).bfloat16(), torch.randn(7, n).bfloat16()
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        y, dx = torch.zeros_like(g), torch.zeros_like(x)
+        native.nf4_product_(y, x, *bits, n, k, torch.bfloat16, True)
+        native.nf4_product_(dx, g, *bits, n, k, torch.bfloat16, False)
+        results.append((y, dx))
+    torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        assert_same_bits(one, two)
+
+
 @needs_native
 @pytest.mark.native
 def test_nf4_product_does_not_depend_on_the_number_of_threads() -> None:

@@ -58,6 +58,10 @@ def model(kind: str = "llama", fmt: str = "fp32") -> Any:
     )  # fmt: skip
     cls = AutoModelForSequenceClassification if kind == "bert" else _causal()
     made = cls.from_pretrained(folder(kind), quantization_config=config, dtype=compute)
+    for layer in made.modules():
+        # the form that bitsandbytes repacks into at evaluation (AVX-512) keeps bf16 scales
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     return made.train()
 
 

@@ -85,6 +85,7 @@ def nf4_product_(
     """y += x W^T (``transposed``) or y += x W, W (n, k) decoded row by row into cache.
 
     x: (m, k) or (m, n)  y: (m, n) or (m, k), both float32 and contiguous; k % blocksize == 0.
+    Or both bfloat16, with ``dtype`` bfloat16 and blocksize % 64 == 0, on a CPU with AVX-512 BF16.
     fp32 accumulation; the result does not depend on the number of threads. Raises KernelError
     without the extension, RuntimeError for tensors that do not fit.
     """

@@ -227,7 +227,10 @@ def _linear(fmt: str, *, bias: bool) -> nn.Module:
 
     if fmt == "bnb8":
         return bnb.Linear8bitLt(K, N, bias=bias, has_fp16_weights=False)  # type: ignore[no-any-return]
-    return bnb.Linear4bit(K, N, bias=bias, compute_dtype=dtype_of(fmt))  # type: ignore[no-any-return]
+    layer = bnb.Linear4bit(K, N, bias=bias, compute_dtype=dtype_of(fmt))
+    # the form that bitsandbytes repacks into at evaluation (AVX-512) keeps bf16 scales: other bits
+    layer.support_avx512bf16_for_cpu = False
+    return layer  # type: ignore[no-any-return]
 
 
 def _embedding(fmt: str) -> nn.Module:
