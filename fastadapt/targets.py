@@ -180,6 +180,11 @@ def full_match(pattern: str, path: str, seconds: float = PATTERN_SECONDS) -> boo
     return _timed(regex.fullmatch, pattern, path, seconds) is not None
 
 
+def matches_within(pattern: str, path: str, seconds: float = PATTERN_SECONDS) -> bool:
+    """The pattern is somewhere in the path. Raises TargetError for one that takes too long."""
+    return _timed(regex.search, pattern, path, seconds) is not None
+
+
 def _timed(match: Callable[..., Any], pattern: str, path: str, seconds: float) -> Any:
     try:
         if seconds <= 0:

@@ -15,7 +15,6 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-import regex
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError
 from fastadapt.methods.pair import PairAdapter
 from fastadapt.methods.projection import size
+from fastadapt.targets import matches_within
 
 _LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
 _BY_TARGET: tuple[tuple[list[str], str], ...] = (
@@ -68,7 +68,7 @@ class OSFConfig(AdapterConfig):
     def at(self, path: str) -> OSFConfig:
         """A pattern may match anywhere in the path."""
         for pattern, rank in (self.rank_pattern or {}).items():
-            if regex.search(pattern, path, timeout=1.0):
+            if matches_within(pattern, path):
                 made = copy.copy(self)
                 made.effective_rank = rank
                 return made
