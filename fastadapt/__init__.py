@@ -11,6 +11,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from fastadapt.compat import names
+
 __version__ = "0.1.0"
 
 _NAMES = {
@@ -69,18 +71,25 @@ _NAMES = {
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = [*_HOME]  # noqa: PLE0604
+__all__ = sorted({*_HOME, *names.public()})  # noqa: PLE0605
+
+
+def own_names() -> dict[str, str]:
+    """The names of fastadapt's own modules -> the module that has it."""
+    return _HOME
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'fastadapt' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOME[name]), name)
-    return value
+    if name in _HOME:
+        value = globals()[name] = getattr(import_module(_HOME[name]), name)
+        return value
+    if name in __all__:
+        return names.find(name)
+    raise AttributeError(f"module 'fastadapt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *__all__})
 
 
 class _Package(ModuleType):
@@ -93,3 +102,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+names.install()

@@ -202,6 +202,9 @@ class PeftConfig:
             ) from error
 
 
+PeftConfigMixin = PeftConfig
+
+
 @dataclass
 class AdapterConfig(PeftConfig):
     """The fields that weight-space methods share.

@@ -13,6 +13,10 @@ class FastAdaptError(Exception):
     """The root of the family."""
 
 
+PeftError = FastAdaptError
+"""PEFT's name for the root of its errors."""
+
+
 class ConfigError(FastAdaptError, ValueError):
     """A configuration that no model could satisfy: an unknown field, a rank of zero, a clash."""
 
@@ -23,6 +27,9 @@ class TargetError(FastAdaptError, ValueError):
 
 class UnsupportedError(FastAdaptError, ValueError, NotImplementedError):
     """A combination that cannot be (VeRA on a convolution) or is not built yet, by name."""
+
+
+NoMatchingPeftModuleError = TargetError
 
 
 class LifecycleError(FastAdaptError, ValueError):
@@ -59,3 +66,6 @@ class MissingExtraError(FastAdaptError, ImportError):
 
 class FastAdaptWarning(UserWarning):
     """Something the user can act on; nothing was changed silently."""
+
+
+PeftWarning = FastAdaptWarning

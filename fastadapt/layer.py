@@ -39,6 +39,7 @@ class AdaptedLayer(nn.Module):
         self._value_names: list[str] = []
         self._active: list[str] = []
         self._disabled = False
+        self.cast_input_dtype_enabled = True
         self.rows: Sequence[str] | None = None
         self._snapshots: list[Any] = []
         self.frozen.weight.attach()
@@ -318,9 +319,14 @@ class AdaptedLayer(nn.Module):
         for key, part in self.parts_of(name).items():
             part.requires_grad_(flag and key not in constant)
 
-    def __repr__(self) -> str:
-        methods = sorted({a.name for a in self.adapters.values()}) or ["base"]
-        return f"{methods[0]}." + super().__repr__()
+    def _get_name(self) -> str:
+        """PEFT's name of such a layer, ``lora.Linear``, which is what printed models show."""
+        methods = [a.name for a in self.adapters.values()] or ["base"]
+        kind, form = self.frozen.kind.name, self.frozen.weight.name
+        shown = {"linear": "Linear", "conv1d_gpt2": "Linear", "embedding": "Embedding"}.get(
+            kind, type(self.base_layer).__name__
+        )
+        return f"{methods[0]}.{shown}" + {"bnb4": "4bit", "bnb8": "8bitLt"}.get(form, "")
 
 
 def warn_low_precision(adapter: str, dtype: torch.dtype) -> None:

@@ -153,6 +153,18 @@ class PeftModel(Adapters, nn.Module):
         """The base model, with the adapted layers in it."""
         return self.adapter_root
 
+    def get_layer_status(self) -> Any:
+        """One record a layer with adapters."""
+        from fastadapt.compat.status import get_layer_status
+
+        return get_layer_status(self)
+
+    def get_model_status(self) -> Any:
+        """The layers' records, summed up."""
+        from fastadapt.compat.status import get_model_status
+
+        return get_model_status(self)
+
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         with self.mixed_batch(adapter_names):
             return self.base_model(*args, **kwargs)
@@ -288,14 +300,24 @@ def get_peft_model(
 
     ``low_cpu_mem_usage`` is accepted: parameters are made on the CPU and moved, one at a time.
     Raises ConfigError, TargetError, UnsupportedError before the model is changed."""
-    if mixed:
-        raise UnsupportedError("mixed=True (PeftMixedModel): not built yet in fastadapt")
     config = as_config(peft_config)
     if revision is not None:
         config.revision = revision
+    if mixed:
+        from fastadapt.compat.mixed import PeftMixedModel
+
+        return PeftMixedModel(model, config, adapter_name, autocast_adapter_dtype)
     return _class_for(config)(
         model, config, adapter_name, autocast_adapter_dtype, allow_unmatched=allow_unmatched
     )
+
+
+def tuner(model: nn.Module, peft_config: Any, adapter_name: str = "default") -> Tuner:
+    """``LoraModel(model, config, name)`` of PEFT: the ``base_model`` without a task's wrapper."""
+    configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+    config = configs.get(adapter_name) or next(iter(configs.values()))
+    made: Tuner = PeftModel(model, config, adapter_name).base_model
+    return made
 
 
 @cache

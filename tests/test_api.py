@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's names, module paths and model-level functions: ``import fastadapt as peft`` works."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastadapt
+from fastadapt.errors import CheckpointError, LifecycleError, UnsupportedError
+
+peft = pytest.importorskip("peft")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(11, 6)
+        self.conv = nn.Conv1d(6, 6, 3, padding=1)
+        self.a, self.b, self.head = nn.Linear(6, 9), nn.Linear(9, 5), nn.Linear(5, 3)
+
+    def forward(self, ids: Any) -> Any:
+        x = self.conv(self.embed(ids).transpose(1, 2)).transpose(1, 2)
+        return self.head(self.b(self.a(x).relu()))
+
+
+IDS = torch.arange(8).reshape(2, 4)
+
+
+def lora(**fields: Any) -> Any:
+    fields = {"r": 4, "target_modules": ["a", "b"], "init_lora_weights": False, **fields}
+    return fastadapt.LoraConfig(**fields)
+
+
+def test_every_public_name_of_peft_is_there() -> None:
+    absent = [n for n in peft.__all__ if not hasattr(fastadapt, n)]
+    assert not absent
+    for path in ("tuners", "utils", "helpers", "functional", "mapping", "auto", "tuners.lora",
+                 "tuners.lora.layer", "tuners.tuners_utils", "utils.other", "utils.hotswap",
+                 "utils.save_and_load", "mixed_model", "import_utils"):  # fmt: skip
+        theirs = importlib.import_module(f"peft.{path}")
+        ours = importlib.import_module(f"fastadapt.{path}")
+        listed = getattr(theirs, "__all__", ())
+        absent = [n for n in listed if not hasattr(ours, n)]
+        assert not absent, path
+
+
+def test_a_name_without_behaviour_says_so() -> None:
+    from fastadapt.helpers import KappaTuneSelector
+
+    from fastadapt import XLoraConfig
+
+    for use in (XLoraConfig, KappaTuneSelector, fastadapt.create_arrow_model):
+        with pytest.raises(UnsupportedError, match="not built yet"):
+            use()
+    with pytest.raises(ImportError):
+        from fastadapt.tuners.lora import Lienar  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("a", "Linear"), ("embed", "Embedding"), ("conv", "Conv1d")]
+)
+def test_isinstance_asks_method_and_kind(path: str, name: str) -> None:
+    module = importlib.import_module("fastadapt.tuners.lora.layer")
+    model = fastadapt.get_peft_model(Net(), lora(target_modules=["a", "embed", "conv"]))
+    layer = model.base_model.model.get_submodule(path)
+    for other in ("Linear", "Embedding", "Conv1d", "Conv2d", "Linear4bit"):
+        assert isinstance(layer, getattr(module, other)) == (other == name)
+    assert isinstance(layer, module.LoraLayer)
+    assert isinstance(
+        layer, importlib.import_module("fastadapt.tuners.tuners_utils").BaseTunerLayer
+    )
+    assert not isinstance(layer, importlib.import_module("fastadapt.tuners.loha").LoHaLayer)
+    assert isinstance(model.base_model, fastadapt.LoraModel)
+    assert not isinstance(model.base_model, fastadapt.LoHaModel)
+    assert repr(layer).startswith(f"lora.{name}(")
+
+
+def test_status_equals_pefts() -> None:
+    config = {"r": 4, "target_modules": ["a", "b"], "modules_to_save": ["head"]}
+    found = []
+    for library in (fastadapt, peft):
+        model = library.get_peft_model(Net(), library.LoraConfig(**config))
+        model.add_adapter("other", library.LoraConfig(r=2, target_modules=["a"]))
+        states = [dataclasses.asdict(s) for s in (model.get_model_status(),
+                                                  *model.get_layer_status())]  # fmt: skip
+        with model.disable_adapter():
+            # PEFT freezes the adapters meanwhile; here what trains stays as it was
+            off = dataclasses.asdict(model.get_model_status())
+            states.append({k: v for k, v in off.items()
+                           if k not in ("trainable_params", "requires_grad")})  # fmt: skip
+        model.merge_adapter()
+        states.append(dataclasses.asdict(model.get_model_status()))
+        found.append(states)
+    assert found[0] == found[1]
+
+
+def test_injection_and_state_dicts_are_inverse() -> None:
+    model = fastadapt.get_peft_model(Net(), lora())
+    state = fastadapt.get_peft_model_state_dict(model)
+    bare = {k.removeprefix("base_model.model."): v for k, v in state.items()}
+    with pytest.warns(RuntimeWarning, match="inconsistency"):
+        plain = fastadapt.inject_adapter_in_model(
+            lora(target_modules=["a"]), Net(), low_cpu_mem_usage=True, state_dict=bare
+        )
+    assert all(p.is_meta for n, p in plain.named_parameters() if "lora_" in n)
+    done = fastadapt.set_peft_model_state_dict(plain, bare, low_cpu_mem_usage=True)
+    assert done == ([], [])
+    torch.testing.assert_close(plain(IDS), model(IDS), rtol=0, atol=0)
+    assert fastadapt.get_peft_model_state_dict(plain).keys() == bare.keys()
+    bare["a.lora_A.weight"] = torch.zeros(2, 6)
+    with pytest.raises(CheckpointError, match="size mismatch"):
+        fastadapt.set_peft_model_state_dict(plain, bare)
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        fastadapt.set_peft_model_state_dict(plain, bare, ignore_mismatched_sizes=True)
+    base = fastadapt.get_base_model_state_dict(model)
+    assert base.keys() == Net().state_dict().keys()
+    fastadapt.set_base_model_state_dict(model, {k: torch.ones_like(v) for k, v in base.items()})
+    assert (model.base_model.model.a.base_layer.weight == 1).all()
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("rank", [2, 6])
+def test_hotswap_gives_the_other_adapters_outputs(
+    tmp_path: Path, rank: int, prepared: bool
+) -> None:
+    from fastadapt.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+
+    model = fastadapt.get_peft_model(Net(), lora())
+    other = fastadapt.get_peft_model(Net(), lora(r=rank, lora_alpha=3))
+    other.save_pretrained(tmp_path)
+    if prepared:
+        prepare_model_for_compiled_hotswap(model, target_rank=6)
+    weight = model.base_model.model.a.lora_A["default"].weight
+    hotswap_adapter(model, str(tmp_path), "default")
+    assert (weight.shape[0] == 6) >= prepared
+    torch.testing.assert_close(model(IDS), other(IDS))
+    fastadapt.get_peft_model(Net(), lora(target_modules=["head"])).save_pretrained(tmp_path)
+    before = model(IDS)
+    with pytest.raises(CheckpointError, match="unexpected keys"):
+        hotswap_adapter(model, str(tmp_path), "default")
+    torch.testing.assert_close(model(IDS), before, rtol=0, atol=0)
+
+
+def test_a_mixed_model_holds_several_methods() -> None:
+    model = fastadapt.get_peft_model(Net(), lora(), mixed=True)
+    model.add_adapter("x", fastadapt.LoHaConfig(target_modules=["a"], init_weights=False))
+    alone = model(IDS)
+    model.set_adapter(["default", "x"])
+    assert not torch.allclose(model(IDS), alone)
+    with pytest.raises(LifecycleError, match="not found, available"):
+        model.set_adapter("y")
+    with pytest.raises(LifecycleError, match="is not compatible"):
+        model.add_adapter("z", fastadapt.IA3Config(target_modules=["a"], feedforward_modules=[]))
+    with pytest.raises(NotImplementedError):
+        model.save_pretrained("nowhere")
+
+
+def test_a_hundred_adapters_cost_their_own_memory_and_switching_touches_layers_only() -> None:
+    model = fastadapt.get_peft_model(Net(), lora())
+    one = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    for i in range(99):
+        model.add_adapter(f"n{i}", lora())
+    everything = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    assert everything == 100 * one
+    base = model.base_model.model.a.base_layer.weight.data_ptr()
+    x = torch.randn(2, 6)
+    for name in ("n7", "n98", "default"):
+        model.set_adapter(name)
+        alone = copy.deepcopy(model.base_model.model.a)
+        alone.set_adapter(name)
+        torch.testing.assert_close(model.base_model.model.a(x), alone(x), rtol=0, atol=0)
+        assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+            f"base_model.model.{layer}.lora_{part}.{name}.weight"
+            for layer in "ab" for part in "AB"
+        ]  # fmt: skip
+    assert model.base_model.model.a.base_layer.weight.data_ptr() == base
+
+
+def test_scales_and_casts() -> None:
+    from fastadapt.helpers import disable_input_dtype_casting, rescale_adapter_scale
+
+    model = fastadapt.get_peft_model(Net(), lora())
+    full = model(IDS)
+    with rescale_adapter_scale(model, 0):
+        scaled = model(IDS)
+    with model.disable_adapter():
+        torch.testing.assert_close(scaled, model(IDS))
+    torch.testing.assert_close(model(IDS), full, rtol=0, atol=0)
+    with disable_input_dtype_casting(model):
+        assert not model.base_model.model.a.cast_input_dtype_enabled
+    assert model.base_model.model.a.cast_input_dtype_enabled
+    with (
+        pytest.raises(ValueError, match="scaling is only supported"),
+        rescale_adapter_scale(Net(), 2),
+    ):
+        pass
+    fastadapt.cast_mixed_precision_params(model, torch.bfloat16)
+    kinds = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert kinds == {torch.float32}
+
+
+def test_loraplus_gives_b_its_own_rate() -> None:
+    from fastadapt.optimizers import create_loraplus_optimizer
+
+    model = fastadapt.get_peft_model(Net(), lora(target_modules=["a", "embed"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_lr_embedding=5e-4
+        )
+    sizes = {g["lr"]: len(g["params"]) for g in made.param_groups if g["params"]}
+    assert sizes == {1e-3: 1, 5e-4: 2, 1.6e-2: 1}
