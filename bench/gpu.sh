@@ -35,5 +35,10 @@ for shapes in ${SHAPES:-smollm2-8 llama-1b llama-8b-4}; do
     [ "${PIPESTATUS[0]}" -eq 0 ] || failed+=("$shapes")
 done
 
+echo "gpu.sh: methods"
+"$python" bench/bench_methods.py --device cuda --rounds "${ROUNDS:-10}" --out "$out/methods.json" 2>&1 |
+    tee "$out/methods.txt"
+[ "${PIPESTATUS[0]}" -eq 0 ] || failed+=("methods")
+
 if [ "${#failed[@]}" -gt 0 ]; then fail "failed: ${failed[*]} (see $out)"; fi
 echo "gpu.sh: done, see $out"
