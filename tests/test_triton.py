@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastadapt.ops.dispatch import OPS
+from fastadapt.errors import ConfigError, KernelError
+from fastadapt.ops import dispatch
+from fastadapt.ops.dispatch import OPS, triton_state
 from tests.triton_cases import CASES, SPREAD
 
 pytest.importorskip("triton")
@@ -72,5 +74,63 @@ def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(launch.triton, "__version__", "3.4.1")
     assert launch.why_not_here(torch.device("cuda")) == "triton 3.4.1 is older than 3.5"
+    assert "older than 3.5: not used" in triton_state()
     monkeypatch.setattr(launch.triton, "__version__", "3.10.0")
     assert launch.why_not_here(torch.device("cuda")) is None
+    assert triton_state() == "3.10.0 is newer than 3.9, the newest that was tested"
+    monkeypatch.setattr(launch.triton, "__version__", "3.6.0")
+    assert triton_state() == "3.6.0, tested"
+
+
+def test_a_broken_triton_is_said_and_the_others_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may fail with anything while it is imported."""
+
+    def broken(name: str) -> object:
+        raise AttributeError("module 'triton' has no attribute 'jit'")
+
+    monkeypatch.setattr(dispatch, "import_module", broken)
+    reason = "AttributeError: module 'triton' has no attribute 'jit'"
+    assert triton_state() == f"no Triton kernel can run ({reason})"
+    dropout = OPS["dropout"]
+    monkeypatch.setattr(dropout, "_loaded", {})
+    args = torch.zeros(8), torch.tensor([1]), 0.5, torch.float32
+    assert reason in str(dropout.why_not("triton", *args))
+    assert dropout.choose(*args) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("capability", "most"),
+    [((7, 5), 0), ((8, 0), 128), ((8, 6), 128), ((8, 7), 128), ((8, 9), 256), ((9, 0), 256),
+     ((10, 0), 32), ((10, 3), 32), ((12, 0), 256)],
+)  # fmt: skip
+def test_the_fused_product_is_chosen_by_gpu_family(
+    capability: tuple[int, int], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastadapt.kernels import policy
+
+    monkeypatch.delenv("FASTADAPT_NF4_PRODUCT", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    half, gpu = torch.bfloat16, torch.device("cuda")
+    for m in (0, 1, most, most + 1):
+        assert policy.fused(m, 4096, 64, half, half, gpu) == (0 < m <= most)
+
+
+def test_a_forced_product_runs_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastadapt.kernels import policy
+
+    half, cpu = torch.bfloat16, torch.device("cpu")
+    monkeypatch.setenv("FASTADAPT_NF4_PRODUCT", "decoded")
+    assert not policy.fused(1, 4096, 64, half, half, cpu)
+    monkeypatch.setenv("FASTADAPT_NF4_PRODUCT", "fused")
+    assert policy.fused(8192, 4096, 64, half, half, cpu)
+    for sizes, reason in (
+        ((4, 72, 64, half, half), "multiples of 64"),
+        ((4, 64, 32, half, half), "multiples of 64"),
+        ((4, 64, 64, half, torch.float64), "the product is torch.float64"),
+        ((4, 64, 64, half, torch.float16), "rounded twice"),
+    ):
+        with pytest.raises(KernelError, match=reason):
+            policy.fused(*sizes, cpu)
+    monkeypatch.setenv("FASTADAPT_NF4_PRODUCT", "fast")
+    with pytest.raises(ConfigError, match="auto, fused or decoded"):
+        policy.fused(4, 64, 64, half, half, cpu)

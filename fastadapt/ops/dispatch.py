@@ -112,6 +112,15 @@ class Op:
         return None if reason is None else f"{implementation}: {reason}"
 
 
+def triton_state() -> str:
+    """One line on triton and the kernels that need it: tested, untested, too old, missing or
+    broken. Where they cannot run, the reference or the native extension serves."""
+    try:
+        return str(import_module("fastadapt.kernels.launch").state())
+    except Exception as error:  # a broken triton fails in ways of its own
+        return f"no Triton kernel can run ({type(error).__name__}: {error})"
+
+
 def _as_written(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """Autocast would cast every product inside an op again; an op is told its dtypes."""
     if not torch._C._is_any_autocast_enabled():
@@ -127,6 +136,6 @@ def _load(where: str) -> tuple[Callable[..., Any], Callable[..., str | None]] | 
     module_name, _, function = where.partition(":")
     try:
         module = import_module(module_name)
-    except ImportError as error:
-        return f"{module_name} cannot be imported ({error})"
+    except Exception as error:  # a broken third party fails in ways of its own
+        return f"{module_name} cannot be imported ({type(error).__name__}: {error})"
     return getattr(module, function), getattr(module, f"why_not_{function}", lambda *_: None)

@@ -12,6 +12,7 @@ Source: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314).
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -128,12 +129,20 @@ def why_not_low_rank_bwd_triton(
     return why_not_triton(x, a, u.dtype, rest[2] > 0)
 
 
+@cache
+def _kernels() -> Any:
+    """The module of the skinny kernels, or why there is none; a failed import is slow, and kept."""
+    try:
+        return import_module("fastadapt.kernels.low_rank")
+    except Exception as error:  # a broken triton fails in ways of its own
+        return f"fastadapt.kernels cannot be imported ({type(error).__name__}: {error})"
+
+
 def why_not_triton(x: Tensor, a: Tensor, dtype: torch.dtype, drops: bool) -> str | None:
     """Why the skinny kernels cannot serve this branch."""
-    try:
-        kernels = import_module("fastadapt.kernels.low_rank")
-    except ImportError as error:
-        return f"fastadapt.kernels cannot be imported ({error})"
+    kernels = _kernels()
+    if isinstance(kernels, str):
+        return kernels
     reason: str | None = kernels.why_not(x.device, x.shape[-1], a.shape[0], dtype, drops)
     return reason
 

@@ -143,11 +143,13 @@ def triton_steps() -> Steps:
         return _decode(bits, compute, math)
 
     gemm = import_module("fastadapt.kernels.nf4_gemm")
+    policy = import_module("fastadapt.kernels.policy")
     decoded_product = _decoded_product(decode)
 
     def product(y: Tensor, x: Tensor, bits: Bits, compute: torch.dtype, transposed: bool) -> Tensor:
-        few = isinstance(bits, Nf4) and gemm.serves(x.shape[0], bits.k, bits.blocksize, compute)
-        if few and bits.dtype in (compute, torch.float32):
+        if isinstance(bits, Nf4) and policy.fused(
+            x.shape[0], bits.k, bits.blocksize, bits.dtype, compute, x.device
+        ):
             added: Tensor = gemm.add_product(y, x.to(compute), *bits, transposed=transposed)
             return added
         return decoded_product(y, x, bits, compute, transposed)

@@ -13,13 +13,14 @@ from torch import Tensor
 from fastadapt.ops import (  # noqa: F401 (registers the ops)
     dropout,
     low_rank,
+    low_rank_mixed,
     native,
     nf4,
     rotate,
     row_norm,
 )
 from fastadapt.ops.bits import Nf4, flatten
-from fastadapt.ops.dispatch import IMPLEMENTATIONS, OPS, Op, use
+from fastadapt.ops.dispatch import IMPLEMENTATIONS, OPS, Op, triton_state, use
 from fastadapt.patch.report import versions
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def examine() -> dict[str, Any]:
         "versions": versions(),
         "hardware": _hardware(),
         "native": native.why_not() or "loaded",
+        "triton": triton_state(),
         "extras": _extras(),
         "ops": rows,
     }
@@ -69,6 +71,7 @@ def show(document: dict[str, Any], console: Console) -> None:
         text = ", ".join(f"{k} {v}" for k, v in document[title].items() if v is not None)
         console.print(f"{title}: {text}", highlight=False, markup=False)
     console.print(f"native extension: {document['native']}", highlight=False, markup=False)
+    console.print(f"triton: {document['triton']}", highlight=False, markup=False)
     table = Table("op", "implementation", "error", "budget", "state")
     for row in document["ops"]:
         if "error" in row:
@@ -168,11 +171,16 @@ def _cases(device: torch.device) -> dict[str, tuple[Any, ...]]:
     f32, turn = torch.float32, normal(4, 8, 8)
     weight = flatten(bits)
     _, u = low_rank.low_rank_fwd_reference(x, None, a, b, 0.5, 0.25, seed, f32, f32, *weight)
+    pairs = [a, normal(3, k)], [b, normal(n, 3)]
+    rows = ([0.5, 2.0], [0.25, 0.0], torch.tensor([1, 2], device=device))
+    index = [1] * 5 + [-1] * 5 + [0] * 7
     return {
         "nf4_dequant": (*bits, f32),
         "dropout": (x, seed, 0.25, f32),
         "low_rank_fwd": (x, None, a, b, 0.5, 0.25, seed, f32, f32, *weight),
         "low_rank_bwd": (g, x, u, a, b, 0.5, 0.25, seed, f32, True, True, True, *weight),
+        "low_rank_mixed_fwd": (x, None, *pairs, n, *rows, index, f32, f32, *weight),
+        "low_rank_mixed_bwd": (g, x, u, *pairs, *rows, index, f32, True, [True] * 4, *weight),
         "row_norm": (a, b, 0.5, *weight),
         "rotate_fwd": (x, turn, False, f32),
         "rotate_bwd": (x, normal(m, k), turn),
@@ -183,11 +191,13 @@ def _wide(arg: Any) -> Any:
     """An argument for the reference in float64."""
     if isinstance(arg, Tensor) and arg.is_floating_point():
         return arg.double()
+    if isinstance(arg, list):
+        return [_wide(each) for each in arg]
     return torch.float64 if arg is torch.float32 else arg
 
 
 def _flat(result: Any) -> Tensor:
-    parts = result if isinstance(result, tuple) else (result,)
+    parts = result if isinstance(result, tuple | list) else (result,)
     return torch.cat([part.double().flatten() for part in parts])
 
 

@@ -8,7 +8,8 @@ import os
 import torch
 import triton
 
-OLDEST = (3, 5)
+OLDEST, NEWEST = (3, 5), (3, 9)
+"""The releases that the kernels are compiled and interpreted with."""
 
 
 def why_not_here(device: torch.device) -> str | None:
@@ -19,10 +20,23 @@ def why_not_here(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"the tensors are on a {device.type}, Triton needs a GPU"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < OLDEST:
+    if _version() < OLDEST:
         return f"triton {triton.__version__} is older than {'.'.join(map(str, OLDEST))}"
     return None
+
+
+def state() -> str:
+    """What can be said of this triton: ok, too old, or newer than what was tested."""
+    oldest, newest = (".".join(map(str, v)) for v in (OLDEST, NEWEST))
+    if _version() < OLDEST:
+        return f"{triton.__version__} is older than {oldest}: not used, update it"
+    if _version() > NEWEST:
+        return f"{triton.__version__} is newer than {newest}, the newest that was tested"
+    return f"{triton.__version__}, tested"
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def splits(tiles: int, depth: int, device: torch.device) -> int:

@@ -24,11 +24,7 @@ from fastadapt.errors import ConfigError
 
 from .launch import splits
 from .nf4 import TL_DTYPE, decode_tile, words
-from .tiles import GEMM_BLOCK, gemm
-
-MAX_TOKENS = 256
-"""Above, decoding once and calling cuBLAS is faster on Hopper (computed by the roofline, not yet
-measured)."""
+from .tiles import gemm
 
 
 @triton.jit
@@ -84,12 +80,6 @@ def nf4_gemm_bwd_kernel(
     columns = column + tl.arange(0, OUT)
     place = (split.to(tl.int64) * m + tokens)[:, None] * k + columns[None, :]
     tl.store(parts + place, acc, mask=known[:, None])
-
-
-def serves(tokens: int, k: int, blocksize: int, dtype: torch.dtype) -> bool:
-    """Few enough tokens, and tiles that lie inside quantisation blocks."""
-    aligned = k % GEMM_BLOCK == 0 and blocksize % GEMM_BLOCK == 0
-    return 0 < tokens <= MAX_TOKENS and aligned and dtype in TL_DTYPE
 
 
 def pair_table_wanted() -> bool:
