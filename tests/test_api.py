@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -207,16 +206,3 @@ def test_scales_and_casts() -> None:
     fastadapt.cast_mixed_precision_params(model, torch.bfloat16)
     kinds = {p.dtype for p in model.parameters() if p.requires_grad}
     assert kinds == {torch.float32}
-
-
-def test_loraplus_gives_b_its_own_rate() -> None:
-    from fastadapt.optimizers import create_loraplus_optimizer
-
-    model = fastadapt.get_peft_model(Net(), lora(target_modules=["a", "embed"]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        made = create_loraplus_optimizer(
-            model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_lr_embedding=5e-4
-        )
-    sizes = {g["lr"]: len(g["params"]) for g in made.param_groups if g["params"]}
-    assert sizes == {1e-3: 1, 5e-4: 2, 1.6e-2: 1}

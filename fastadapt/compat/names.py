@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -40,7 +41,6 @@ HOMES = {
         "AutoPeftModelForQuestionAnswering AutoPeftModelForFeatureExtraction"
     ),
     _C + "mixed": "PeftMixedModel MixedModel COMPATIBLE_TUNER_TYPES",
-    _C + "optimizers": "create_loraplus_optimizer",
     _C + "virtual": "BaseTuner BaseTunerLayer AuxiliaryTrainingWrapper TrainableTokensWrapper",
     _C + "constants": (
         "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING "
@@ -122,8 +122,8 @@ LATER = (
     "compose_cartridge_adapters convert_to_lora save_as_lora create_arrow_model "
     "get_eva_state_dict preprocess_loraga initialize_lora_eva_weights "
     "initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text "
-    "prompt_embeddings_from_past_key_values replace_lora_weights_loftq create_lorafa_optimizer "
-    "create_riemannian_optimizer register_peft_method "
+    "prompt_embeddings_from_past_key_values replace_lora_weights_loftq "
+    "register_peft_method "
     "starcoder_model_postprocess_past_key_value check_adapters_to_merge _get_batch_size "
     "_get_input_embeddings_name _is_valid_match _prepare_prompt_learning_config _set_trainable "
     "_get_no_split_modules _get_module_names_tied_with_embedding _find_minimal_target_modules "
@@ -142,14 +142,13 @@ LATER = (
     "task_arithmetic magnitude_prune ties dare_linear dare_ties check_file_exists_on_hf_hub "
     "fsdp_auto_wrap_policy torch_load has_valid_embedding_base_layer get_embedding_layer_name "
     "dispatch_default TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING ShadowLayer "
-    "ShadowCache ShadowCarrier DetachedShadowModel"
+    "ShadowCache ShadowCarrier DetachedShadowModel MontecloraSampler BufferedMontecloraSampler"
 )
 _LATER = frozenset(LATER.split())
 
 # other modules of PEFT; their names are those of PEFT that any module gives
 MODULES = (
-    "functional helpers optimizers optimizers.loraplus optimizers.lorafa optimizers.riemannian "
-    "mapping mapping_func import_utils mixed_model auto tuners tuners.tuners_utils "
+    "functional helpers mapping mapping_func import_utils mixed_model auto tuners tuners.tuners_utils "
     "tuners.lycoris_utils tuners._buffer_dict tuners.mixed tuners.mixed.model utils "
     "utils.constants utils.error utils.hotswap utils.integrations utils.loftq_utils "
     "utils.merge_utils utils.other utils.peft_types utils.quantization_utils "
@@ -249,6 +248,12 @@ class _Names(ModuleType):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
 
 
+def _is_file(path: str) -> bool:
+    """A module of our own has this path; it is left alone."""
+    where = Path(__file__).parent.parent.joinpath(*path.split("."))
+    return where.with_suffix(".py").exists() or where.joinpath("__init__.py").exists()
+
+
 def install() -> None:
     """Put PEFT's module paths under ``fastadapt``; a name is imported when it is asked for."""
     paths: list[tuple[str, str | None]] = [(m, None) for m in MODULES.split()]
@@ -256,6 +261,8 @@ def install() -> None:
         paths += [(f"tuners.{owner}{leaf}", owner)
                   for leaf in ("", ".layer", ".model", ".config", ".bnb")]  # fmt: skip
     for path, package in sorted(paths):
+        if _is_file(path):
+            continue
         name = f"fastadapt.{path}"
         module = _Names(name, f"PEFT's names of ``peft.{path}``.")
         if package is None and path.startswith("tuners.lora."):
