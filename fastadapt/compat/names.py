@@ -148,7 +148,8 @@ _LATER = frozenset(LATER.split())
 
 # other modules of PEFT; their names are those of PEFT that any module gives
 MODULES = (
-    "functional helpers mapping mapping_func import_utils mixed_model auto tuners tuners.tuners_utils "
+    "functional helpers mapping mapping_func import_utils mixed_model auto tuners "
+    "tuners.tuners_utils "
     "tuners.lycoris_utils tuners._buffer_dict tuners.mixed tuners.mixed.model utils "
     "utils.constants utils.error utils.hotswap utils.integrations utils.loftq_utils "
     "utils.merge_utils utils.other utils.peft_types utils.quantization_utils "
