@@ -3,14 +3,22 @@
 
 ``open_adapter`` reads the config and the tensors' shapes, ``check`` compares them with the model
 and raises one CheckpointError with every problem, ``fill`` copies the tensors in.
+
+A folder's two files are one adapter: the rename of the tensors' file commits a save. The config is
+staged beside it first, under its digest, which the tensors' file records; a reader that finds the
+staged file knows that the save died after its commit, and takes it.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
+import re
 import warnings
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +28,25 @@ from torch import Tensor, nn
 
 from fastadapt import inject, slots
 from fastadapt.config import CONFIG_NAME, AdapterConfig, PeftConfig
-from fastadapt.errors import CheckpointError, FastAdaptWarning, OutputError
-from fastadapt.files import fetch, write_atomic
+from fastadapt.errors import (
+    CheckpointError,
+    ConfigError,
+    FastAdaptWarning,
+    OutputError,
+    TargetError,
+)
+from fastadapt.files import fetch, locked, write_atomic
 from fastadapt.fingerprint import differences, fingerprint
 from fastadapt.methods import method_of
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
 _BASE = "fastadapt_base"
+_CONFIG = "fastadapt_config"
 _SHOWN = 12
+MAX_HEADER_BYTES = 16 << 20
+"""An adapter of 18,000 layers has 6 MB; the format itself allows 100 MB, whose parsing takes
+several times that."""
 
 
 @dataclass
@@ -46,12 +64,19 @@ class AdapterFile:
     def __post_init__(self) -> None:
         """Keys that an earlier PEFT release gave other names."""
         renamed = method_of(self.config.peft_type).old_parts
-        for key in [k for k in self.shapes if k.rpartition(".")[2] in renamed]:
-            path, _, part = key.rpartition(".")
-            now = f"{path}.{renamed[part]}"
-            self.shapes[now], self.old[now] = self.shapes.pop(key), key
-            if key in self.held:
-                self.held[now] = self.held.pop(key)
+        split = {k: k.rpartition(".") for k in self.shapes}
+        self.rename({k: f"{p}.{renamed[part]}" for k, (p, _, part) in split.items()
+                     if part in renamed})  # fmt: skip
+
+    def rename(self, names: dict[str, str]) -> None:
+        """Key -> its new name. Raises CheckpointError when two keys would be one."""
+        names = {old: new for old, new in names.items() if old != new}
+        kept = [k for k in self.shapes if k not in names]
+        if len({*kept, *names.values()}) != len(self.shapes):
+            raise CheckpointError(f"{self.path}: two tensors have one name after renaming")
+        self.shapes = {names.get(k, k): v for k, v in self.shapes.items()}
+        self.held = {names.get(k, k): v for k, v in self.held.items()}
+        self.old.update({new: self.old.pop(old, old) for old, new in names.items()})
 
     def read(self, keys: list[str]) -> dict[str, Tensor]:
         """These tensors, on the CPU; kept until the adapter is filled in."""
@@ -73,45 +98,99 @@ class LoadReport:
     problems: list[str] = field(default_factory=list)
 
 
-def open_adapter(model_id: Any, *, config: Any = None, **kwargs: Any) -> AdapterFile:
-    """Read an adapter's config and header. Raises CheckpointError for what is no adapter."""
+def open_adapter(
+    model_id: Any,
+    *,
+    config: Any = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> AdapterFile:
+    """Read an adapter's config and header. Raises CheckpointError for what is no adapter, with the
+    problems of both files.
+
+    key_mapping: pattern -> replacement on the module's path in each key, the first that fits, as
+    in PEFT."""
     where = {k: v for k, v in kwargs.items() if v is not None}
-    if config is None:
-        config = PeftConfig.from_pretrained(model_id, **where)
+    problems: list[str] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    metadata: dict[str, str] = {}
+    held: dict[str, Tensor] = {}
     path = fetch(str(model_id), SAFETENSORS_NAME, **where)
-    if path is not None:
-        shapes, metadata = _header(path)
-        return AdapterFile(config, path, _once(shapes), metadata)
-    path = fetch(str(model_id), BIN_NAME, **where)
-    if path is None:
-        raise CheckpointError(
-            f"{model_id}: expected {SAFETENSORS_NAME} (or {BIN_NAME}), found neither"
-        )
-    tensors = _load_bin(path)
-    shapes = {k: tuple(t.shape) for k, t in tensors.items()}
-    return AdapterFile(config, path, _once(shapes), {}, tensors)
+    try:
+        if path is not None:
+            shapes, metadata = _header(path)
+        elif (path := fetch(str(model_id), BIN_NAME, **where)) is not None:
+            held = _load_bin(path)
+            shapes = {k: tuple(t.shape) for k, t in held.items()}
+        else:
+            problems.append(f"expected {SAFETENSORS_NAME} (or {BIN_NAME}), found neither")
+    except CheckpointError as error:
+        problems.append(str(error))
+    try:
+        if config is None:
+            config = _config_of(model_id, path, metadata, where)
+    except (CheckpointError, ConfigError, TargetError) as error:
+        problems.append(str(error))
+    if problems or path is None:
+        raise CheckpointError("\n  ".join([f"{model_id} is no adapter:", *problems]))
+    found = AdapterFile(config, path, _once(shapes), metadata, held)
+    if key_mapping:
+        found.rename({k: _mapped(k, key_mapping) for k in found.shapes})
+    return found
+
+
+def _config_of(
+    model_id: Any, path: Path | None, metadata: dict[str, str], where: dict[str, Any]
+) -> Any:
+    """The config of the folder, or the one that was staged when a save died after its commit."""
+    staged = None if path is None else path.parent / f".{CONFIG_NAME}.{metadata.get(_CONFIG)}"
+    if staged is not None and staged.is_file():
+        return PeftConfig.from_peft_type(**PeftConfig.from_json_file(staged))
+    return PeftConfig.from_pretrained(model_id, **where)
+
+
+def _mapped(key: str, key_mapping: Mapping[str, str]) -> str:
+    prefix = next((p for p in (slots.PREFIX, "base_model.") if key.startswith(p)), "")
+    path = key.removeprefix(prefix)
+    for pattern, replacement in key_mapping.items():
+        new, count = re.subn(pattern, replacement, path)
+        if count:
+            return prefix + new
+    return key
 
 
 def check(
-    root: nn.Module, adapter: AdapterFile, *, strict: bool = True, name: str | None = None
+    root: nn.Module,
+    adapter: AdapterFile,
+    *,
+    strict: bool = True,
+    name: str | None = None,
+    ignore_mismatched_sizes: bool = False,
 ) -> LoadReport:
     """Compare a file with the model it is for, without changing the model.
 
     name: compare with this adapter of the model; None: with the adapter that the config would
-    make. Raises CheckpointError (``strict``) or warns, with every problem at once."""
+    make; ignore_mismatched_sizes: tensors of another shape are left out, with a warning. Raises
+    CheckpointError (``strict``) or warns, with every problem at once."""
+    problems = differences(adapter.metadata.get(_BASE, ""), root)
     if name is None:
-        made = inject.plan(root, adapter.config, meta=True)
+        try:
+            made = inject.plan(root, adapter.config, meta=True)
+        except (ConfigError, TargetError) as error:
+            raise CheckpointError(_message(adapter.path, [*problems, str(error)])) from error
         expected = slots.planned(root, made)
         paths = set(made.adapters)
     else:
         expected = slots.existing(root, adapter.config, name)
         paths = slots.adapted_paths(root)
     known = {**slots.embeddings(root, paths), **expected}
-    problems = differences(adapter.metadata.get(_BASE, ""), root)
     missing = [k for k in expected if k not in adapter.shapes]
     unexpected = [k for k in adapter.shapes if k not in known]
     problems += [f"missing: {k}" for k in missing]
-    problems += [f"unexpected: {k}{_near(k, expected)}" for k in unexpected]
+    problems += [
+        f"unexpected: {k}{_near(k, expected) if i < _SHOWN else ''}"
+        for i, k in enumerate(unexpected)
+    ]
     shapes = {
         k: tuple(slot.filed(slot.tensor.detach()).shape)
         for k, slot in known.items()
@@ -128,8 +207,23 @@ def check(
     problems += [f"not finite: {k}" for k in bad]
     _warn_without_effect(adapter)
     report = LoadReport(missing, unexpected, problems + misshapen)
-    if misshapen or (strict and problems):
+    if (misshapen and not ignore_mismatched_sizes) or (strict and problems):
         raise CheckpointError(_message(adapter.path, report.problems))
+    if misshapen:
+        warnings.warn(
+            f"Some weights of {_plain_class(root)} were not initialized from the model checkpoint "
+            "and are being ignored because you passed `ignore_mismatched_sizes=True`: "
+            + "; ".join(misshapen),
+            FastAdaptWarning,
+            stacklevel=3,
+        )
+    if missing and not strict:
+        # PEFT's words, which scripts look for
+        warnings.warn(
+            f"Found missing adapter keys while loading the checkpoint: {missing}.",
+            FastAdaptWarning,
+            stacklevel=3,
+        )
     if problems:
         warnings.warn(_message(adapter.path, report.problems), FastAdaptWarning, stacklevel=3)
     return report
@@ -223,7 +317,8 @@ def _write(
     if config.task_type is None:
         mapping = {"base_model_class": _plain_class(root), "parent_library": type(root).__module__}
     text = config.to_json(inference_mode=True, auto_mapping=mapping)
-    metadata = {"format": "pt", _BASE: fingerprint(root)}
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    metadata = {"format": "pt", _BASE: fingerprint(root), _CONFIG: digest}
 
     def write(path: Path) -> None:
         from safetensors import SafetensorError
@@ -238,8 +333,20 @@ def _write(
             # what these libraries make of a full disk
             raise OSError(str(error)) from error
 
-    write_atomic(folder / (SAFETENSORS_NAME if safe_serialization else BIN_NAME), write)
-    write_atomic(folder / CONFIG_NAME, text.encode())
+    with locked(folder):
+        staged = folder / f".{CONFIG_NAME}.{digest}"
+        write_atomic(staged, text.encode())
+        try:
+            write_atomic(folder / (SAFETENSORS_NAME if safe_serialization else BIN_NAME), write)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
+        if not safe_serialization:
+            # readers take the safetensors file first: an old one would hide the new values
+            (folder / SAFETENSORS_NAME).unlink(missing_ok=True)
+        staged.replace(folder / CONFIG_NAME)
+        for left in folder.glob(f".{CONFIG_NAME}.*"):
+            left.unlink(missing_ok=True)
 
 
 def _refuse(tensors: dict[str, Tensor], name: str) -> None:
@@ -258,6 +365,10 @@ def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with path.open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+        if size > MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {size} bytes (at most {MAX_HEADER_BYTES})")
         with safe_open(path, framework="pt") as file:
             shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
             return shapes, dict(file.metadata() or {})
@@ -297,6 +408,10 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
         stacklevel=4,
     )  # fmt: skip
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()):
+                    raise ValueError("compressed entries, which torch does not write")
         values = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # what a broken pickle raises has no bound: KeyError, OSError, UnpicklingError, ...

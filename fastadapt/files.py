@@ -3,13 +3,47 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fastadapt.errors import OutputError
+
+LOCK_SECONDS = 30.0
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One writer of a folder at a time, across processes; made if it is not there. A file system
+    without locks has none. Raises OutputError when another writer stays for ``LOCK_SECONDS``."""
+    handle: int | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(f"{folder} could not be written: {error}") from error
+    try:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise OutputError(
+                        f"{folder} could not be written: another process is saving to it"
+                    ) from error
+                time.sleep(0.02)
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_atomic(path: Path, content: bytes | Callable[[Path], None]) -> None:

@@ -92,17 +92,20 @@ class Adapters:
 
         Raises CheckpointError with every problem; ``strict=False`` warns instead and loads what
         fits, as PEFT does."""
-        adapter = checkpoint.open_adapter(model_id, **kwargs)
         root = self.adapter_root
+        loose = {"ignore_mismatched_sizes": bool(kwargs.pop("ignore_mismatched_sizes", False))}
+        if kwargs.get("key_mapping") is None:
+            kwargs["key_mapping"] = getattr(root, "_checkpoint_conversion_mapping", None)
+        adapter = checkpoint.open_adapter(model_id, **kwargs)
         if adapter_name not in self._configs:
             config = adapter.config
             config.inference_mode = not is_trainable
             self._check_new(adapter_name, config)
-            report = checkpoint.check(root, adapter, strict=strict)
+            report = checkpoint.check(root, adapter, strict=strict, **loose)
             made = inject.plan(root, config)
             self._attach(made, adapter_name, autocast_adapter_dtype)
         else:
-            report = checkpoint.check(root, adapter, strict=strict, name=adapter_name)
+            report = checkpoint.check(root, adapter, strict=strict, name=adapter_name, **loose)
         checkpoint.fill(root, adapter, adapter_name)
         if not is_trainable:
             self.eval()  # type: ignore[attr-defined]

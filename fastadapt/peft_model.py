@@ -227,12 +227,13 @@ class PeftModel(Adapters, nn.Module):
         Everything is checked before the model is touched: CheckpointError lists every problem;
         ``strict=False`` warns and loads what fits. ``is_trainable=False`` loads it frozen."""
         kwargs.pop("low_cpu_mem_usage", None), kwargs.pop("ephemeral_gpu_offload", None)
-        if kwargs.pop("key_mapping", None):
-            raise UnsupportedError("key_mapping: not built yet in fastadapt")
+        mismatched = bool(kwargs.pop("ignore_mismatched_sizes", False))
+        if kwargs.get("key_mapping") is None:
+            kwargs["key_mapping"] = getattr(model, "_checkpoint_conversion_mapping", None)
         adapter = checkpoint.open_adapter(
             model_id, config=None if config is None else as_config(config), **kwargs
         )
-        checkpoint.check(model, adapter, strict=strict)
+        checkpoint.check(model, adapter, strict=strict, ignore_mismatched_sizes=mismatched)
         adapter.config.inference_mode = not is_trainable
         if cls is PeftModel:
             cls = _class_for(adapter.config)

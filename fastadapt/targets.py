@@ -19,6 +19,7 @@ from fastadapt.errors import TargetError
 ALL_LINEAR = "all-linear"
 PATTERN_SECONDS = 1.0
 _MIN_TO_CONDENSE = 20
+_NAMED = 20
 _HEADS = ("classifier", "score")
 
 _QV = ["q_proj", "v_proj"]
@@ -101,14 +102,18 @@ def unmatched(config: Any, paths: Iterable[str]) -> dict[str, str | None]:
     if not isinstance(names, set | list):
         return {}
     paths = list(paths)
-    absent = [n for n in sorted(names) if not any(_ends(p, n) for p in paths)]
+    endings = {end for p in paths for end in _endings(p)}
+    absent = [n for n in sorted(names) if n not in endings]
     leaves = {p.rpartition(".")[2] for p in paths}
-    return {n: next(iter(difflib.get_close_matches(n, leaves, 1)), None) for n in absent}
+    near = {n: next(iter(difflib.get_close_matches(n, leaves, 1)), None) for n in absent[:_NAMED]}
+    return {**dict.fromkeys(absent), **near}
 
 
 def describe(absent: dict[str, str | None]) -> str:
     """The names, with near misses, for a message."""
-    return ", ".join(f"{n!r}" + (f" (did you mean {c!r}?)" if c else "") for n, c in absent.items())
+    shown = [f"{n!r}" + (f" (did you mean {c!r}?)" if c else "") for n, c in absent.items()]
+    more = [f"and {len(shown) - _NAMED} more"] if len(shown) > _NAMED else []
+    return ", ".join([*shown[:_NAMED], *more])
 
 
 def condense(targets: set[str], others: Iterable[str]) -> set[str]:
@@ -152,7 +157,7 @@ class Matcher:
     def _hits(self, names: Any, path: str) -> bool:
         if isinstance(names, str):
             return self._match(names, path)
-        return any(_ends(path, n) for n in names)
+        return any(end in names for end in _endings(path))
 
     def _layer_chosen(self, path: str) -> bool:
         chosen = self._config.layers_to_transform
@@ -211,6 +216,15 @@ def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
 
 def _ends(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
+
+
+def _endings(path: str) -> Iterator[str]:
+    """The path, and what is left of it after each of its dots."""
+    yield path
+    at = path.find(".")
+    while at >= 0:
+        yield path[at + 1 :]
+        at = path.find(".", at + 1)
 
 
 def model_type(model: nn.Module) -> str | None:

@@ -10,6 +10,7 @@ import resource
 import signal
 import time
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastadapt
+from fastadapt import checkpoint
 from fastadapt.errors import (
     CheckpointError,
-    ConfigError,
     FastAdaptError,
     FastAdaptWarning,
     LifecycleError,
     OutputError,
     TargetError,
 )
+from fastadapt.files import locked
 from tests import tiny
 from tests.tiny import one_thread  # noqa: F401
 
@@ -359,11 +361,11 @@ def test_a_small_file_cannot_ask_for_gigabytes(saved: Path) -> None:
     """PEFT allocates 3 GB for r = 3000000 before it looks at the file; this is refused unread,
     and so is a rank that is allowed and not the file's."""
     values = json.loads((saved / CONFIG).read_text())
-    for r, error in ((3_000_000, ConfigError), (60_000, CheckpointError)):
+    for r in (3_000_000, 60_000):
         (saved / CONFIG).write_text(json.dumps({**values, "r": r}))
         model = tiny.model()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with pytest.raises(error):
+        with pytest.raises(CheckpointError):
             fastadapt.PeftModel.from_pretrained(model, saved)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         # 60000 x 64 floats in four A alone would be 60 MB; units are KiB
@@ -472,6 +474,94 @@ def child(work: Callable[[], Any]) -> int:
     return pid
 
 
+def test_problems_of_both_files_are_in_one_error(saved: Path) -> None:
+    values = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps({**values, "r": 3_000_000}))
+    (saved / TENSORS).write_bytes((saved / TENSORS).read_bytes()[:9])
+    refused(saved, CheckpointError, "3000000", "expected a safetensors file")
+
+
+def test_a_key_mapping_is_that_of_peft(saved: Path) -> None:
+    want = logits(adapted())
+    rewrite(saved, lambda t: [t.update({k.replace("self_attn", "attention"): t.pop(k)})
+                              for k in list(t)])  # fmt: skip
+    mapping = {r"\.attention\.": ".self_attn.", "self_attn": "never"}
+    for start, load in LOADERS.values():
+        model = load(start(), saved, key_mapping=mapping)
+        model.set_adapter("loaded" if load is into_new_name else "default")
+        assert torch.equal(logits(model), want)
+    with pytest.raises(CheckpointError, match="one name"):
+        fastadapt.PeftModel.from_pretrained(tiny.model(), saved, key_mapping={r".*": "same"})
+
+
+def test_mismatched_sizes_are_left_out_when_asked(saved: Path) -> None:
+    rewrite(saved, lambda t: t.update({Q: torch.zeros(4, 63)}))
+    for start, load in LOADERS.values():
+        with pytest.warns(FastAdaptWarning, match=r"ignore_mismatched_sizes(.|\n)*\(4, 63\)"):
+            load(start(), saved, ignore_mismatched_sizes=True)
+
+
+def test_a_header_too_long_is_refused_unread(saved: Path) -> None:
+    size = 64 << 20
+    with (saved / TENSORS).open("wb") as file:
+        file.write(size.to_bytes(8, "little") + b'{"__metadata__":{}}')
+        file.truncate(size + 8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(saved, CheckpointError, "header of 67108864 bytes")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10
+
+
+def test_a_pickle_cannot_unpack_to_gigabytes(saved: Path) -> None:
+    torch.save({Q: torch.zeros(1 << 22)}, saved / "plain")
+    with (
+        zipfile.ZipFile(saved / "plain") as old,
+        zipfile.ZipFile(saved / BIN, "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for entry in old.namelist():
+            new.writestr(entry, old.read(entry))
+    (saved / TENSORS).unlink()
+    refused(saved, CheckpointError, "compressed")
+
+
+def test_a_save_that_died_after_its_commit_is_read_as_the_new_one(saved: Path) -> None:
+    """The tensors' file is renamed first: the config that it names is beside it then."""
+    old = (saved / CONFIG).read_bytes()
+    model = adapted(lora_alpha=32)
+    model.save_pretrained(saved)
+    with safe_open(saved / TENSORS, "pt") as file:
+        digest = file.metadata()["fastadapt_config"]
+    (saved / CONFIG).rename(saved / f".{CONFIG}.{digest}")
+    (saved / CONFIG).write_bytes(old)
+    loaded = fastadapt.PeftModel.from_pretrained(tiny.model(), saved)
+    assert loaded.peft_config["default"].lora_alpha == 32
+    assert torch.equal(logits(loaded), logits(model))
+    model.save_pretrained(saved)
+    assert {p.name for p in saved.iterdir()} == {TENSORS, CONFIG}
+
+
+def test_a_config_that_was_edited_after_the_save_counts(saved: Path) -> None:
+    values = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps({**values, "lora_alpha": 3}))
+    loaded = fastadapt.PeftModel.from_pretrained(tiny.model(), saved)
+    assert loaded.peft_config["default"].lora_alpha == 3
+
+
+def test_an_old_safetensors_file_does_not_hide_a_new_bin(saved: Path) -> None:
+    adapted().save_pretrained(saved, safe_serialization=False)
+    assert {p.name for p in saved.iterdir()} == {BIN, CONFIG}
+
+
+def test_two_writers_take_turns_and_one_that_stays_is_an_error(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files(saved)
+    monkeypatch.setattr("fastadapt.files.LOCK_SECONDS", 0.1)
+    with locked(saved), pytest.raises(OutputError, match="another process is saving"):
+        adapted().save_pretrained(saved)
+    assert files(saved) == before
+    adapted().save_pretrained(saved)
+
+
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 def test_a_full_disk_leaves_the_old_files(safe: bool, tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk: the write fails half way."""
@@ -489,27 +579,44 @@ def test_a_full_disk_leaves_the_old_files(safe: bool, tmp_path: Path) -> None:
     assert files(tmp_path) == before
 
 
-def test_killed_while_saving(saved: Path) -> None:
-    """Whenever the process dies, each file is whole: the old one or the new one."""
+@pytest.mark.parametrize(
+    "kills", [pytest.param(8), pytest.param(200, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_killed_while_saving(kills: int, saved: Path) -> None:
+    """Whenever the process dies, what loads is one save: its values go with its config."""
     model = adapted()
-    want = {k: v.shape for k, v in load_file(saved / TENSORS).items()}
+    config = model.peft_config["default"]
 
-    def save_on_and_on() -> None:
-        for i in range(1, 10**6):
-            with torch.no_grad():
-                for _, parameter in tiny.adapter_parameters(model):
-                    parameter.fill_(i)
-            model.save_pretrained(saved)
+    def save_as(i: int) -> None:
+        config.lora_alpha = i
+        with torch.no_grad():
+            for _, parameter in tiny.adapter_parameters(model):
+                parameter.fill_(i)
+        model.save_pretrained(saved)
 
-    for delay in (0.05, 0.07, 0.11, 0.13, 0.17):
+    save_as(1)
+    seen = set()
+    for i in range(kills):
+        told, tell = os.pipe()
+
+        def save_on_and_on(start: int = 2 + 1000 * i, tell: int = tell) -> None:
+            for value in range(start, start + 10**6):
+                os.write(tell, b".")
+                save_as(value)
+
         pid = child(save_on_and_on)
-        time.sleep(delay)
+        os.read(told, 1)
+        # a save takes some milliseconds: these delays fall all over the first few
+        time.sleep(0.0011 * (7 * i % 40))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        tensors = load_file(saved / TENSORS)
-        assert {k: v.shape for k, v in tensors.items()} == want
-        assert json.loads((saved / CONFIG).read_text())["r"] == 4
-    assert len({v.unique().item() for v in tensors.values()}) == 1
+        os.close(told), os.close(tell)
+        file = checkpoint.open_adapter(saved)
+        checkpoint.check(tiny.model(), file)
+        values = {v.unique().item() for v in file.held.values()}
+        assert values == {float(file.config.lora_alpha)}  # type: ignore[attr-defined]
+        seen |= values
+    assert len(seen) > 1
 
 
 def _configs(model: Any) -> Any:
