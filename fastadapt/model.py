@@ -93,7 +93,9 @@ class Adapters:
         Raises CheckpointError with every problem; ``strict=False`` warns instead and loads what
         fits, as PEFT does."""
         root = self.adapter_root
-        loose = {"ignore_mismatched_sizes": bool(kwargs.pop("ignore_mismatched_sizes", False))}
+        loose: dict[str, Any] = {
+            "ignore_mismatched_sizes": bool(kwargs.pop("ignore_mismatched_sizes", False))
+        }
         if kwargs.get("key_mapping") is None:
             kwargs["key_mapping"] = getattr(root, "_checkpoint_conversion_mapping", None)
         adapter = checkpoint.open_adapter(model_id, **kwargs)
