@@ -87,6 +87,11 @@ class AdaptedLayer(nn.Module):
     def out_features(self) -> int:
         return self.frozen.shape[0]
 
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.adapters)
+
+    _all_available_adapter_names = _get_available_adapters
+
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 

@@ -40,6 +40,9 @@ class ModulesToSaveWrapper(nn.Module):
     def active_adapter(self) -> str | list[str]:
         return self._active[0] if self._active else []
 
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.modules_to_save)
+
     @property
     def disable_adapters(self) -> bool:
         return self._disabled

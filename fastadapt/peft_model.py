@@ -208,6 +208,13 @@ class PeftModel(Adapters, nn.Module):
                 self, save_directory, selected_adapters, state_dict=state_dict,
                 safe_serialization=safe_serialization, save_embedding_layers=save_embedding_layers,
             )  # fmt: skip
+            self.create_or_update_model_card(save_directory)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """README.md with what the hub needs; text that is there stays."""
+        from fastadapt.compat.card import write_card
+
+        write_card(self, output_dir)
 
     @classmethod
     def from_pretrained(

@@ -58,9 +58,11 @@ def test_a_name_without_behaviour_says_so() -> None:
 
     from fastadapt import XLoraConfig
 
-    for use in (XLoraConfig, KappaTuneSelector, fastadapt.create_arrow_model):
+    for use in (KappaTuneSelector, fastadapt.create_arrow_model):
         with pytest.raises(UnsupportedError, match="not built yet"):
             use()
+    with pytest.raises(UnsupportedError, match="not built yet"):
+        fastadapt.get_peft_model(Net(), XLoraConfig(adapters={}))
     with pytest.raises(ImportError):
         from fastadapt.tuners.lora import Lienar  # noqa: F401
 
@@ -206,3 +208,20 @@ def test_scales_and_casts() -> None:
     fastadapt.cast_mixed_precision_params(model, torch.bfloat16)
     kinds = {p.dtype for p in model.parameters() if p.requires_grad}
     assert kinds == {torch.float32}
+
+
+def test_saving_writes_a_card_and_keeps_its_text(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    model = fastadapt.get_peft_model(Net(), lora())
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data["library_name"] == "peft"
+    assert "lora" in card.data.tags
+    assert "transformers" not in card.data.tags
+    card.text += "\nmine"
+    card.save(tmp_path / "README.md")
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "mine" in text
+    assert text.count("- PEFT ") == 1

@@ -354,13 +354,16 @@ def _targeting(model: nn.Module, config: Any, state_dict: dict[str, Tensor]) -> 
         )
     wanted = inject.plan(model, config, meta=True).adapters if config.target_modules else {}
     if wanted and set(wanted) != set(found):
-        warnings.warn(
+        text = (
             "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT "
-            f"config and the provided state_dict: the config targets {len(wanted)} modules, the "
-            f"state_dict {len(found)}. The state_dict was followed.",
-            RuntimeWarning,
-            stacklevel=3,
+            "config and the provided state_dict. This is not necessarily an issue and can be "
+            "ignored if this was the intent. "
         )
+        for what, extra in (("PEFT config", set(wanted) - set(found)),
+                            ("state_dict", set(found) - set(wanted))):  # fmt: skip
+            if extra:
+                text += f"The {what} contained these additional target modules: {sorted(extra)}. "
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
     exact = "|".join(re.escape(p) for p in found)
     new: AdapterConfig = dataclasses.replace(
         config, target_modules=f"(?:{exact})", exclude_modules=None, layers_to_transform=None,

@@ -215,7 +215,7 @@ def find(name: str, package: str | None = None) -> Any:
         if name == f"{stem}Model":
             return virtual.model_class(name, TUNERS[owner][0], owner)
         if name == f"{stem}Config":
-            return virtual.absent(name)
+            return virtual.absent(name, TUNERS[owner][0])
     for owner, (peft_type, _, layers) in TUNERS.items():
         if name in layers.split() and (name.endswith("Layer") or peft_type in PROMPTS):
             return find(name, owner)

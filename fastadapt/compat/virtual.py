@@ -146,6 +146,11 @@ def model_class(name: str, peft_type: str, package: str) -> Any:
 
 
 class _Absent(type):
+    def __getattr__(cls, name: str) -> Any:
+        if name.isupper() and cls.__name__.endswith(("Init", "Type")):
+            return name
+        raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
+
     def __instancecheck__(cls, instance: Any) -> bool:
         return False
 
@@ -153,8 +158,24 @@ class _Absent(type):
         raise UnsupportedError(f"{cls.__name__}: not built yet in fastadapt")
 
 
-def absent(name: str) -> Any:
-    """A name of PEFT without behaviour yet: a class or a function, raising when it is used."""
+class _LaterConfig:
+    """A configuration whose method is not built yet: it holds its fields, since scripts make
+    configurations early, and get_peft_model refuses it."""
+
+    peft_type: str | None = None
+
+    def __init__(self, *_: Any, **fields: Any) -> None:
+        vars(self).update(fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def absent(name: str, peft_type: str | None = None) -> Any:
+    """A name of PEFT without behaviour yet: a class or a function, raising when it is used. A
+    configuration can be made, and is refused where a model would get it."""
+    if name.endswith("Config"):
+        return type(name, (_LaterConfig,), {"__module__": "fastadapt", "peft_type": peft_type})
     if name[0].isupper():
         return _Absent(name, (), {"__module__": "fastadapt"})
 
