@@ -5,9 +5,10 @@ a kind ("self_attn_q_proj").
     V: (in, in), from all weights of the kind  U: (out, in)  S: share of the entries off the
     diagonal, at places that are drawn once  l: (in,)
 
-U and V are dense and frozen: a step costs four full products (two of them with V, in x in) beside
-the base's two; V V^T is not the identity, so nothing shorter gives the same map. PEFT adds the two
-products of U (S + diag l) V^T instead of the base's; there W is lost to the rounding of U and V.
+U and V are dense and frozen, and V V^T is not the identity, so nothing shorter gives the same map:
+products with V, with S and its diagonal (dense, in x in) and with U, beside the base's. PEFT puts
+U (S + diag l) V^T in place of W, without the base's product; there W is lost to the rounding of U
+and V, and the start is no identity in half precision.
 Source: FRoD (doi.org/10.1609/aaai.v40i31.39813).
 """
 
