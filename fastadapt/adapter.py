@@ -41,8 +41,9 @@ class Adapter:
     """Layers whose weight is a vector can be adapted."""
     keeps_dtype: ClassVar[bool] = False
     """Parts stay in the base's dtype, where others are widened to float32."""
-    old_parts: ClassVar[dict[str, str]] = {}
-    """Names that parts had in files of earlier PEFT releases -> their names now."""
+    old_parts: ClassVar[dict[str, str | None]] = {}
+    """Names that parts had in files of earlier PEFT releases -> their names now; None for what
+    files no longer hold."""
     constant: ClassVar[tuple[str, ...]] = ()
     """Parts that never train: random projections, indices. They are Parameters all the same: layers
     may share one, and ``.to()`` keeps a Parameter shared where it copies a buffer."""

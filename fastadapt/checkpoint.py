@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from fastadapt import inject, slots
 from fastadapt.config import CONFIG_NAME, AdapterConfig, PeftConfig
 from fastadapt.errors import (
+    AdapterConfigError,
     CheckpointError,
     ConfigError,
     FastAdaptWarning,
@@ -65,8 +66,11 @@ class AdapterFile:
         """Keys that an earlier PEFT release gave other names."""
         renamed = method_of(self.config.peft_type).old_parts
         split = {k: k.rpartition(".") for k in self.shapes}
-        self.rename({k: f"{p}.{renamed[part]}" for k, (p, _, part) in split.items()
-                     if part in renamed})  # fmt: skip
+        names = {k: renamed[part] for k, (_, _, part) in split.items() if part in renamed}
+        for key in [k for k, name in names.items() if name is None]:
+            del self.shapes[key], names[key]
+            self.held.pop(key, None)
+        self.rename({k: f"{split[k][0]}.{name}" for k, name in names.items()})
 
     def rename(self, names: dict[str, str]) -> None:
         """Key -> its new name. Raises CheckpointError when two keys would be one."""
@@ -112,6 +116,7 @@ def open_adapter(
     in PEFT."""
     where = {k: v for k, v in kwargs.items() if v is not None}
     problems: list[str] = []
+    kind = CheckpointError
     shapes: dict[str, tuple[int, ...]] = {}
     metadata: dict[str, str] = {}
     held: dict[str, Tensor] = {}
@@ -129,10 +134,11 @@ def open_adapter(
     try:
         if config is None:
             config = _config_of(model_id, path, metadata, where)
-    except (CheckpointError, ConfigError, TargetError) as error:
+    except (CheckpointError, ConfigError) as error:
         problems.append(str(error))
+        kind = AdapterConfigError if isinstance(error, ConfigError) else kind
     if problems or path is None:
-        raise CheckpointError("\n  ".join([f"{model_id} is no adapter:", *problems]))
+        raise kind("\n  ".join([f"{model_id} is no adapter:", *problems]))
     found = AdapterFile(config, path, _once(shapes), metadata, held)
     if key_mapping:
         found.rename({k: _mapped(k, key_mapping) for k in found.shapes})
@@ -145,7 +151,7 @@ def _config_of(
     """The config of the folder, or the one that was staged when a save died after its commit."""
     staged = None if path is None else path.parent / f".{CONFIG_NAME}.{metadata.get(_CONFIG)}"
     if staged is not None and staged.is_file():
-        return PeftConfig.from_peft_type(**PeftConfig.from_json_file(staged))
+        return PeftConfig.from_file(staged)
     return PeftConfig.from_pretrained(model_id, **where)
 
 

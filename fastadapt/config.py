@@ -136,6 +136,11 @@ class PeftConfig:
         return self
 
     @classmethod
+    def of_earlier(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A file's values as they say today what they said when they were written."""
+        return values
+
+    @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **_: Any) -> dict[str, Any]:
         """The values in a config file. Raises CheckpointError for what is no config."""
         path = Path(path_json_file)
@@ -171,7 +176,15 @@ class PeftConfig:
             raise CheckpointError(
                 f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'"
             )
-        return cls.from_peft_type(**cls.from_json_file(path))
+        return cls.from_file(path)
+
+    @classmethod
+    def from_file(cls, path: Path) -> Any:
+        """The configuration in a file, of any PEFT release."""
+        values = cls.from_json_file(path)
+        if values.get("peft_type") is not None:
+            values = registry.method_of(values["peft_type"]).Config.of_earlier(values)
+        return cls.from_peft_type(**values)
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> Any:

@@ -40,6 +40,10 @@ class CheckpointError(FastAdaptError, ValueError, RuntimeError):
     """A checkpoint that was not loaded or not written; lists every problem at once."""
 
 
+class AdapterConfigError(CheckpointError, ConfigError):
+    """A checkpoint whose config no model could satisfy, among its problems."""
+
+
 class KernelError(FastAdaptError, RuntimeError):
     """Arguments that an op cannot take, or a forced implementation that cannot serve the call."""
 

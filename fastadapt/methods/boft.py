@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ class BOFTConfig(AdapterConfig):
 
 class BOFT(Adapter):
     name, prefix, Config = "boft", "boft_", BOFTConfig
+    old_parts: ClassVar[dict[str, str | None]] = {"boft_P": None}
 
     def build(self, base: Base, shared: Any) -> None:
         config: BOFTConfig = self.config

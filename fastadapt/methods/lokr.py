@@ -45,6 +45,14 @@ class LoKrConfig(LycorisConfig):
     rank_dropout_scale: bool = False
     init_weights: bool | str = True
 
+    @classmethod
+    def of_earlier(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """PEFT before 0.14, whose files lack rank_dropout_scale, left out s."""
+        if "rank_dropout_scale" in values:
+            return values
+        ranks = {"alpha": values.get("r", 8), "alpha_pattern": values.get("rank_pattern") or {}}
+        return {**values, **ranks, "rank_dropout_scale": True}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LOKR  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ class MissConfig(AdapterConfig):
 
 class Miss(DenseAdapter):
     name, prefix, Config, dropout = "miss", "miss_", MissConfig, "miss_dropout"
-    old_parts = {"bone_block": "miss_block"}  # noqa: RUF012
+    old_parts: ClassVar[dict[str, str | None]] = {"bone_block": "miss_block"}
 
     @classmethod
     def variant(cls, config: MissConfig) -> type[Adapter]:

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters of old PEFT releases load, and give what those releases gave (tests/golden/make.py)."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastadapt
+from tests.golden import make
+
+pytestmark = pytest.mark.golden
+
+CASES = sorted(p.parent for p in make.HERE.glob("*/*/adapter_config.json"))
+
+
+def test_there_are_at_least_four_releases() -> None:
+    assert len({p.parent.name for p in CASES}) >= 4
+
+
+@pytest.mark.parametrize("folder", CASES, ids=lambda p: f"{p.parent.name}-{p.name}")
+def test_the_outputs_of_an_old_release(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = fastadapt.PeftModel.from_pretrained(make.Tiny(), folder)
+    with torch.no_grad():
+        got, plain = model(make.inputs()), make.Tiny()(make.inputs())
+    want = load_file(folder / "output.safetensors")["output"]
+    # float32 sums of at most 12 terms in another order, through four layers
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert (want - plain).abs().max() > 1e-2, "the adapter changes something"
