@@ -203,8 +203,8 @@ class FrozenLayer:
         return y + low_rank_mixed(x, pairs, index, compute=more["out"], **more).to(y.dtype)
 
     def row_norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        bits = self.bits() if self.kind.product else None
-        if bits is None:
+        bits = self.bits()
+        if bits is None or isinstance(bits, Dense):
             return _norm(self.read()[0], a, b, scale)
         return row_norm(bits, a, b, scale)
 
@@ -349,11 +349,7 @@ def _added(base: Base, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) 
 
 
 def _norm(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    wide = torch.promote_types(w.dtype, torch.float32)
-    with torch.no_grad(), torch.autocast(w.device.type, enabled=False):
-        delta = compose(a.to(wide), b.to(wide)) * scale
-        norm: Tensor = torch.linalg.vector_norm((w.to(wide) + delta).flatten(1), dim=1)
-        return norm
+    return row_norm(Dense(w.detach().flatten(1)), a.flatten(1), b.flatten(1), scale)
 
 
 def compose(a: Tensor, b: Tensor) -> Tensor:

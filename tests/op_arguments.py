@@ -24,6 +24,7 @@ def op_arguments() -> dict[str, list[tuple[Any, ...]]]:
     dense = LowRankCase(m=4, dtype=BF16, pair=F32).make()
     seed, u = torch.tensor([12]), torch.randn(4, 8)
     turn = torch.randn(2, 4, 4)
+    image, channel = torch.randn(3, 5, 7), torch.randn(5)
     flat, nothing = flatten(t.bits), flatten(None)
     assert isinstance(t.bits, Nf4)
     low, high = torch.randn(2, 64), torch.randn(48, 2)
@@ -64,5 +65,14 @@ def op_arguments() -> dict[str, list[tuple[Any, ...]]]:
             ),
         ],
         "rotate_fwd": [(t.x, turn, False, F32), (t.x, turn, True, BF16)],
+        "scale_fwd": [
+            (image, channel, None, None, 1),
+            (image.to(BF16), channel, channel, image.to(BF16), 1),
+        ],
+        "scale_bwd": [
+            (image, image + 1, channel, 1, True, True),
+            (image.to(BF16), None, channel, 1, True, False),
+            (image, image + 1, channel, 1, False, False),
+        ],
         "rotate_bwd": [(t.x, torch.randn_like(t.x), turn)],
     }

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastadapt.base import Base
 from fastadapt.errors import UnsupportedError
 from fastadapt.methods.lora import Lora
+from fastadapt.ops.scale import scale as scale_channels
 
 
 class Magnitude(nn.Module):
@@ -61,13 +62,15 @@ class Dora(Lora):
     def forward(self, x: Tensor, base: Base) -> Tensor:
         a, b, scale = *self.pair(), self["scaling"]
         factor = self._factor(base.row_norm(a, b, scale))
-        bias = base.bias
         kept = base.drop(x, self.rate("lora_dropout"))
         y = base.low_rank(kept, a, b, scale)
-        pure = y if bias is None else y - base.channels(bias).to(y.dtype)
-        rest = base(x - kept) if kept is not x else None if bias is None else base.channels(bias)
-        scaled = pure * base.channels(factor)
-        return (scaled if rest is None else scaled + rest.to(scaled.dtype)).to(y.dtype)
+        # the bias is in y, and is not scaled; with dropout it comes with the rest as well
+        bias, rest = base.bias, None if kept is x else base(x - kept)
+        shift = bias if bias is None else bias * ((1 if rest is None else 0) - factor)
+        axis = y.dim() + 1 - len(base.shape)
+        return scale_channels(
+            y, factor, axis=axis, shift=shift, rest=None if rest is None else rest.to(y.dtype)
+        )
 
     def _factor(self, norm: Tensor) -> Tensor:
         """m / norm; 1 for a row that is all zero, whose direction is not defined (PEFT: NaN)."""

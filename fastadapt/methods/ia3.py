@@ -21,6 +21,7 @@ from fastadapt.base import Base
 from fastadapt.combine import Recipe
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError, TargetError
+from fastadapt.ops.scale import scale
 from fastadapt.targets import full_match
 
 _TARGETS: dict[str, tuple[list[str], list[str]]] = {
@@ -133,11 +134,11 @@ class IA3(Adapter):
         vector: Tensor = self["ia3_l"].flatten()
         if not self["is_feedforward"]:
             y = base(x)
-            return (y * base.channels(vector)).to(y.dtype)
+            return scale(y, vector, axis=y.dim() + 1 - len(base.shape))
         if base.indexed:
             y = base(x)
             return (y * vector[x].unsqueeze(-1)).to(y.dtype)
-        return base((x * base.inputs(vector)).to(x.dtype))
+        return base(scale(x, vector, axis=x.dim() + 1 - len(base.shape)))
 
     @classmethod
     def combined_config(cls, configs: list[Any], recipe: Recipe) -> Any:
