@@ -7,7 +7,7 @@ import inspect
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -33,17 +33,16 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     if not isinstance(multiplier, int | float):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
     held = [vars(m) for m in model.modules() if isinstance(m, AdaptedLayer)]
-    scales: list[dict[str, Any]] = [h["scaling"] for h in held if "scaling" in h]
-    if not scales:
+    before = [(layer, layer["scaling"]) for layer in held if "scaling" in layer]
+    if not before:
         raise LifecycleError("scaling is only supported for models with `LoraLayer`s")
-    before = [dict(s) for s in scales]
-    for scale in scales:
-        scale.update({name: value * multiplier for name, value in scale.items()})
+    for layer, scales in before:
+        layer["scaling"] = {name: value * multiplier for name, value in scales.items()}
     try:
         yield
     finally:
-        for scale, old in zip(scales, before, strict=True):
-            scale.update(old)
+        for layer, scales in before:
+            layer["scaling"] = scales
 
 
 @contextmanager
@@ -60,11 +59,24 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
             layer.cast_input_dtype_enabled = old
 
 
-@contextmanager
-def DoraCaching(enabled: bool = True) -> Iterator[None]:
-    """Accepted for DoRA inference. DoRA here keeps no cache between calls: its norms come from one
-    fused pass, so that there is nothing to switch and results are the same."""
-    yield
+class DoraCaching:
+    """Accepted for DoRA inference: ``with DoraCaching():`` and ``DoraCaching()(enabled=False)``.
+
+    DoRA here keeps no cache between calls, its norms come from one fused pass: there is nothing to
+    switch, and results are the same."""
+
+    def __init__(self, enabled: bool | None = None) -> None:
+        self.enabled = enabled
+
+    @contextmanager
+    def __call__(self, enabled: bool = True) -> Iterator[None]:
+        yield
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
 
 
 def update_forward_signature(model: Any) -> None:

@@ -52,7 +52,8 @@ HOMES = {
         "is_optimum_available is_torch_tpu_available is_aqlm_available is_eetq_available "
         "is_hqq_available is_inc_available is_torchao_available is_xpu_available "
         "is_diffusers_available is_te_available is_transformers_ge_v5 is_transformers_ge_v5_1_0 "
-        "is_transformers_ge_v5_6_0 is_transformers_ge_v5_4_0 is_diffusers_ge_v040"
+        "is_transformers_ge_v5_6_0 is_transformers_ge_v5_4_0 is_diffusers_ge_v040 "
+        "is_torchao_ge_v0_18_0"
     ),
     "fastadapt.modules_to_save": "ModulesToSaveWrapper",
     "fastadapt.errors": "PeftError NoMatchingPeftModuleError PeftWarning",
@@ -142,7 +143,11 @@ LATER = (
     "task_arithmetic magnitude_prune ties dare_linear dare_ties check_file_exists_on_hf_hub "
     "fsdp_auto_wrap_policy torch_load has_valid_embedding_base_layer get_embedding_layer_name "
     "dispatch_default TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING ShadowLayer "
-    "ShadowCache ShadowCarrier DetachedShadowModel MontecloraSampler BufferedMontecloraSampler"
+    "ShadowCache ShadowCarrier DetachedShadowModel MontecloraSampler BufferedMontecloraSampler "
+    "QuantizationBackend Bnb4bitBackend Bnb8bitBackend ForwardOnlyQuantizationBackend "
+    "TorchaoBackend HqqBackend IncrementalPCA KasaLinearVariant VeloraFunction preprocess_corda "
+    "reduce_intruder_dimension _LoraFactorsProxy _filter_state_dict_by_key_prefixes "
+    "_get_tuner_state_dict_key_prefixes"
 )
 _LATER = frozenset(LATER.split())
 
@@ -158,7 +163,8 @@ MODULES = (
     "tuners.lora.awq tuners.lora.aqlm tuners.lora.eetq tuners.lora.hqq tuners.lora.torchao "
     "tuners.lora.tp_layer tuners.lora.intruders tuners.lora.inc tuners.lora.monteclora "
     "tuners.lora.velora tuners.lora.te tuners.shira.mask_functions tuners.waveft.constants "
-    "utils.incremental_pca utils.transformers_weight_conversion"
+    "tuners.osf.utils tuners.shadow.layers tuners.shadow.diffusion_models utils.incremental_pca "
+    "utils.transformers_weight_conversion"
 )
 
 
