@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from fastadapt.ops.rotate import rotate
+from fastadapt.ops.rotate import cayley, rotate
 
 F64 = torch.float64
 
@@ -17,3 +17,16 @@ def test_rotate_is_the_block_diagonal_product_and_its_gradients() -> None:
     exact = x @ whole
     assert ((rotate(x, d) - exact).abs() <= 25 * 2**-53 * (x.abs() @ whole.abs())).all()
     assert torch.autograd.gradcheck(rotate, (x, d))
+
+
+def test_cayley_is_its_definition_and_the_series_turns_the_other_way() -> None:
+    """R = (I - Q) (I + Q)^-1 is orthogonal; the truncated series misses R's transpose by its next
+    terms, ||Q||^terms and smaller."""
+    skew = torch.randn(3, 5, 5, dtype=F64, generator=torch.Generator().manual_seed(0)) / 40
+    q, eye = skew - skew.mT, torch.eye(5, dtype=F64)
+    exact = (eye - q) @ torch.linalg.inv(eye + q)
+    turned = cayley(q) + eye
+    assert (turned - exact).abs().max() < 50 * 2**-53
+    assert (turned @ turned.mT - eye).abs().max() < 50 * 2**-53
+    norm = float(torch.linalg.matrix_norm(q, 2).max())
+    assert (cayley(q, 6) + eye - exact.mT).abs().max() < 4 * norm**6
