@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only a GPU can show: bf16 kernels against float64, a training step in a CUDA graph,
-compiled and chosen by itself. The same bodies rehearse on a CPU, where the reference serves; weights are made
-without bitsandbytes, which such a machine may lack."""
+compiled and chosen by itself. The same bodies rehearse on a CPU, where the reference serves;
+weights are made without bitsandbytes, which such a machine may lack."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_low_rank_is_within_the_budget(
     that of few sums."""
     m, k, n, r, p = case
     bits = weight(n, k, device, dtype)
-    g = torch.Generator().manual_seed(m + k)
+    g = torch.Generator().manual_seed(m + k + r)
     leaves = [torch.randn(s, generator=g) / s[-1] ** 0.5 for s in ((m, k), (r, k), (n, r), (n,))]
     leaves = [leaf.to(device, dtype) for leaf in leaves]
     grad = torch.randn(m, n, generator=g).to(device, dtype)
