@@ -4,11 +4,11 @@
 #
 #     bench/gpu.sh [--device cpu] [--quick] [STAGE ...]
 #
-# STAGES: tests ops beta dequant_gemm dequant fused auto row_norm layers train (default: all).
+# STAGES: tests ops beta dequant_gemm dequant fused auto row_norm layers train methods (default: all but ops).
 # Each has a time limit of its own (LIMIT seconds, default 150; tests twice that), so that a machine
 # lent for ten minutes gives partial results. They go to OUT, default bench/results/<gpu>/.
 # Nothing is installed or fetched: the package runs from this tree. PYTHON names the interpreter.
-# --device cpu --quick rehearses every stage on tiny sizes; its times mean nothing.
+# --device cpu --quick rehearses on tiny sizes; its times mean nothing.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -25,7 +25,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 [ "${#stages[@]}" -gt 0 ] ||
-    stages=(tests beta dequant_gemm dequant fused auto row_norm layers train)
+    stages=(tests beta dequant_gemm dequant fused auto row_norm layers train methods)
 
 python=${PYTHON:-}
 if [ -z "$python" ]; then
@@ -42,9 +42,10 @@ out=${OUT:-bench/results/$slug}
 mkdir -p "$out" || fail "cannot write $out"
 out=$(cd "$out" && pwd)
 
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 DEVICE=$device QUICK=$quick
+export PYTHONUNBUFFERED=1 DEVICE=$device QUICK=$quick
 # an install maps kernels/fused to fastadapt.kernels; without one a link does, while this runs
 if ! "$python" -c 'import fastadapt.kernels' 2>/dev/null && [ ! -e fastadapt/kernels ]; then
+    export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
     ln -s ../kernels/fused fastadapt/kernels
     trap 'rm -f fastadapt/kernels' EXIT
 fi
@@ -88,14 +89,13 @@ for each in "${stages[@]}"; do
                 stage "train-$one" "$limit" "$python" bench/train.py --device "$device" \
                     --shapes "$one" --rounds "$rounds" "${sizes[@]}" --out "$out/train-$one.json"
             done ;;
+        methods)
+            more=(--rounds "${ROUNDS:-10}"); [ "$quick" -eq 0 ] || more=(--quick)
+            stage methods "$limit" "$python" bench/bench_methods.py --device "$device" \
+                --out "$out/methods.json" "${more[@]}" ;;
         *) fail "unknown stage $each" ;;
     esac
 done
-
-echo "gpu.sh: methods"
-"$python" bench/bench_methods.py --device cuda --rounds "${ROUNDS:-10}" --out "$out/methods.json" 2>&1 |
-    tee "$out/methods.txt"
-[ "${PIPESTATUS[0]}" -eq 0 ] || failed+=("methods")
 
 if [ "${#failed[@]}" -gt 0 ]; then fail "failed: ${failed[*]} (see $out)"; fi
 echo "gpu.sh: done, see $out"
