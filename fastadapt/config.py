@@ -325,7 +325,9 @@ def _fits(value: Any, hint: Any) -> bool:
             _fits(v, h) for pair in value.items() for v, h in zip(pair, inner, strict=False)
         )
     if kind in (int, float):
-        return isinstance(value, int | kind) and not isinstance(value, bool)
+        # finite, and a number that torch can take; a comparison with NaN is false
+        number = isinstance(value, int | kind) and not isinstance(value, bool)
+        return number and abs(value) < 2**63
     return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
 
 
