@@ -64,6 +64,36 @@ class Nf4(NamedTuple):
 
 Bits = Dense | Nf4
 
+
+def why_not_whole(bits: Nf4) -> str | None:
+    """What is missing of a 4-bit weight, as "expected .., got ..": a kernel would read past the end
+    of a tensor that is too short. None for a whole one."""
+    numel = bits.n * bits.k
+    blocks = -(-numel // bits.blocksize) if bits.blocksize > 0 else -1
+    if blocks < 0:
+        return f"expected a blocksize above 0, got {bits.blocksize}"
+    if bits.packed.dtype != torch.uint8 or bits.packed.numel() * 2 < numel:
+        return (
+            f"expected packed uint8 of {-(-numel // 2)} bytes for W ({bits.n}, {bits.k}), got "
+            f"{bits.packed.dtype} of {bits.packed.numel()}"
+        )
+    if bits.code.numel() != 16:
+        return f"expected a codebook of 16 values, got {bits.code.numel()}"
+    if bits.absmax.numel() < blocks:
+        return f"expected absmax of {blocks} blocks, got {bits.absmax.numel()}"
+    if bits.nested_absmax is None:
+        return None
+    if bits.nested_code is None or bits.offset is None or bits.nested_blocksize <= 0:
+        return "expected nested_code, offset and nested_blocksize with nested_absmax, got not all"
+    coarse = -(-blocks // bits.nested_blocksize)
+    if bits.nested_code.numel() != 256 or bits.nested_absmax.numel() < coarse:
+        return (
+            f"expected nested_code of 256 values and nested_absmax of {coarse}, got "
+            f"{bits.nested_code.numel()} and {bits.nested_absmax.numel()}"
+        )
+    return None
+
+
 FLAT_TENSORS = 6
 """How many of the flat fields are tensors (or None)."""
 

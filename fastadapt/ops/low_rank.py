@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from fastadapt.errors import KernelError
 from fastadapt.ops import native
-from fastadapt.ops.bits import FLAT_TENSORS, Bits, flatten, unflatten
+from fastadapt.ops.bits import FLAT_TENSORS, Bits, Nf4, flatten, unflatten, why_not_whole
 from fastadapt.ops.dispatch import Op
 from fastadapt.ops.dropout import check_p, draw_seed
 from fastadapt.ops.low_rank_steps import NATIVE, REFERENCE, Steps, triton_steps
@@ -193,6 +193,16 @@ def check_low_rank(x: Tensor, a: Tensor, b: Tensor, bits: Bits | None, bias: Ten
         raise KernelError(f"low_rank: expected W (n={n}, k={k}), got {tuple(bits.shape)}")
     if bias is not None and tuple(bias.shape) != (n,):
         raise KernelError(f"low_rank: expected bias (n={n},), got {tuple(bias.shape)}")
+    held = (a, b) if bits is None else (a, b, bits)
+    if any(t.device != x.device for t in held):
+        devices = [str(t.device) for t in held]
+        raise KernelError(
+            f"low_rank: expected a, b and W on x's device {x.device}, got {devices}: move the "
+            "layer or its input"
+        )
+    reason = why_not_whole(bits) if isinstance(bits, Nf4) else None
+    if reason is not None:
+        raise KernelError(f"low_rank: {reason}")
 
 
 BITS = (

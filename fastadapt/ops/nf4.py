@@ -14,15 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastadapt.errors import KernelError
 from fastadapt.ops import native
-from fastadapt.ops.bits import Nf4
+from fastadapt.ops.bits import Nf4, why_not_whole
 from fastadapt.ops.dispatch import Op
 
 
 def nf4_dequant(bits: Nf4, out_dtype: torch.dtype | None = None) -> Tensor:
     """bits of (n, k) weights -> (n, k) in ``out_dtype``; values are rounded to ``bits.dtype``.
 
-    An ``out_dtype`` wider than ``bits.dtype`` holds the rounded values exactly."""
+    An ``out_dtype`` wider than ``bits.dtype`` holds the rounded values exactly. Raises KernelError
+    for tensors that are too short for the weight."""
+    reason = why_not_whole(bits)
+    if reason is not None:
+        raise KernelError(f"nf4_dequant: {reason}")
     result: Tensor = _op(*bits, out_dtype or bits.dtype)
     return result
 
