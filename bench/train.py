@@ -189,6 +189,7 @@ def dequantised(model: Any, dtype: torch.dtype) -> Any:
         setattr(plain.get_submodule(parent), name, linear)
     for mark in ("is_quantized", "is_loaded_in_4bit"):
         setattr(plain, mark, False)
+    plain.quantization_method = None  # with it, transformers refuses to change the dtype
     return plain
 
 
