@@ -33,6 +33,7 @@ from fastadapt.ops.dropout import draw_seed, dropout_reference
 from fastadapt.ops.low_rank import LowRankFunction
 from fastadapt.ops.nf4 import nf4_dequant
 from fastadapt.ops.row_norm import row_norm
+from fastadapt.ops.scale import scale
 from fastadapt.testing import (
     LowRankCase,
     check,
@@ -352,6 +353,49 @@ NORMS = {
 NORMS["row_norm-transposed"] = partial(norm, 33, 96, 8, "dense", F32, transposed=True)
 
 
+# scale
+
+
+def scaled(shape: tuple[int, ...], axis: int, dtype: torch.dtype, full: bool) -> None:
+    """y and the gradients of x, v, shift and rest, each within a rounding and a half of the
+    reference, which sums in the same precision."""
+    g = torch.Generator().manual_seed(len(shape))
+    x, rest, dy = (torch.randn(shape, generator=g).to(dtype) for _ in range(3))
+    v, shift = (torch.randn(shape[axis], generator=g) for _ in range(2))
+    values = [x.transpose(0, -1).contiguous().transpose(0, -1), v]
+    values += [shift, rest] if full else []
+
+    def found(implementation: str) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in values]
+        more = dict(zip(("shift", "rest"), leaves[2:], strict=False))
+        with use(implementation):
+            y = scale(leaves[0], leaves[1], axis=axis, **more)
+            return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    for got, want in zip(found("triton"), found("reference"), strict=True):
+        assert (got.shape, got.dtype) == (want.shape, want.dtype)
+        if got.shape == x.shape:
+            # the same sum of products, with one contraction more or less
+            unit = torch.finfo(dtype).eps * 4
+            assert ((got - want).abs() <= unit * (want.abs() + 1)).all()
+        else:
+            count = max(x.numel() // max(got.numel(), 1), 1)
+            most = 16 * torch.finfo(F32).eps * count**0.5 * 4
+            assert ((got - want).abs() <= most * (1 + want.abs())).all()
+
+
+SCALES = {
+    f"scale_{'fwd' if full else 'bwd'}-{'x'.join(map(str, shape))}-{axis}-{_short}": partial(
+        scaled, shape, axis, dtype, full
+    )
+    for (shape, axis), full, (_short, dtype) in itertools.product(
+        (((0, 5), -1), ((1, 1), -1), ((33, 130), -1), ((3, 45, 7), -1), ((2, 18, 5, 3), 1),
+         ((300, 3), -1), ((3, 17, 16, 16), 1)),
+        (False, True), (("fp32", F32), ("fp16", F16)),
+    )
+}  # fmt: skip
+
+
 # what is refused
 
 
@@ -398,6 +442,8 @@ REFUSED = {
         ("bwd-f64", "x is torch.float64", "low_rank_bwd", partial(_backward, dtype=F64)),
         ("dropout-f64", "x is float64", "dropout",
          lambda: (torch.zeros(8, dtype=F64), torch.tensor([1]), 0.5, F64)),
+        ("scale-f64", "x is torch.float64", "scale_fwd",
+         lambda: (torch.zeros(2, 3, dtype=F64), torch.zeros(3), None, None, 1)),
         ("row_norm-r", "r=129 is more than 128", "row_norm", partial(_norm_of, r=129)),
         ("row_norm-f64", "W is torch.float64", "row_norm", partial(_norm_of, dtype=F64)),
         ("row_norm-odd", "k=5 is odd", "row_norm", _odd_norm),
@@ -425,6 +471,7 @@ CASES: dict[str, Callable[[], None]] = {
     **MIXES,
     **SPLITS,
     **NORMS,
+    **SCALES,
     **REFUSED,
 }
 
@@ -454,6 +501,7 @@ SPREAD = {
       for bits in ("dense", "flat", "nested") for short in ("fp32", "fp16")),
     "row_norm-1x64-r5-nested-fp32", "row_norm-65x192-r1-dense-fp32",
     "row_norm-65x192-r128-nested-fp16", "row_norm-transposed",
+    *(name for name in SCALES if "300" not in name and "16x16" not in name),
     *REFUSED,
 }  # fmt: skip
 """Each kernel and each of its branches once: what a default run does, the rest is slow."""

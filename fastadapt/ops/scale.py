@@ -106,10 +106,12 @@ scale_fwd = Op(
     "scale_fwd",
     "(Tensor x, Tensor v, Tensor? shift, Tensor? rest, int axis) -> Tensor",
     scale_fwd_reference,
+    triton="fastadapt.kernels.scale:scale_fwd",
 )
 scale_bwd = Op(
     "scale_bwd",
     "(Tensor g, Tensor? x, Tensor v, int axis, bool need_x, bool need_shift) "
     "-> (Tensor, Tensor, Tensor)",
     scale_bwd_reference,
+    triton="fastadapt.kernels.scale:scale_bwd",
 )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import dropout, low_rank, nf4, nf4_gemm, row_norm
+from . import dropout, low_rank, nf4, nf4_gemm, row_norm, scale
 from .tiles import INPUT_GRAD, TILES, gemm
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -142,6 +142,27 @@ def _row_norm(dtype: str) -> Iterator[Variant]:
                 )  # fmt: skip
 
 
+def _scale_fwd(dtype: str) -> Iterator[Variant]:
+    for flat, launch in scale.LAUNCH.items():
+        for more in (False, True):
+            yield Variant(
+                f"{'channels' if flat else 'rows'} side by side{' shift rest' if more else ''}",
+                launch | {"FLAT": flat, "SHIFT": more, "REST": more},
+                ({"inner": "1"} if flat else {}) | ({} if more else {"shift": f"*{dtype}"}),
+                dots=False, elements=launch["ROWS"] * launch["COLUMNS"], quick=flat and more,
+            )  # fmt: skip
+
+
+def _scale_bwd(dtype: str) -> Iterator[Variant]:
+    for flat, launch in scale.LAUNCH.items():
+        yield Variant(
+            f"{'channels' if flat else 'rows'} side by side",
+            launch | {"FLAT": flat, "DX": True, "DV": True, "DSHIFT": True},
+            {"inner": "1"} if flat else {}, dots=False,
+            elements=launch["ROWS"] * launch["COLUMNS"], quick=flat,
+        )  # fmt: skip
+
+
 def _absmax(nested: int) -> dict[str, str]:
     return {"absmax": "*u8"} if nested else {}
 
@@ -177,4 +198,9 @@ ROWS = (
     Row(row_norm.row_norm_kernel,
         f"*D w, {_STATS}, *D a, *fp32 b, *fp32 gram_b, *fp32 norm, i32 n, i32 k, i32 r, "
         "i32 stride_row, i32 stride_column, fp32 scale", _row_norm),
+    Row(scale.scale_fwd_kernel,
+        "*D x, *fp32 v, *fp32 shift, *D rest, *D y, i32? rows, i32 c, i32? inner", _scale_fwd),
+    Row(scale.scale_bwd_kernel,
+        "*D g, *D x, *fp32 v, *D dx, *fp32 dv_parts, *fp32 dshift_parts, i32? rows, i32 c, "
+        "i32? inner, i32? depth", _scale_bwd),
 )  # fmt: skip
