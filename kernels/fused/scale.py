@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # FLAT: channels lie side by side; else rows do
 LAUNCH = {
     True: {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": True},
-    False: {"ROWS": 256, "COLUMNS": 16, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": True},
+    False: {"ROWS": 64, "COLUMNS": 16, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": True},
 }
 
 
