@@ -44,7 +44,9 @@ class Adapter:
     old_parts: ClassVar[dict[str, str | None]] = {}
     """Names that parts had in files of earlier PEFT releases -> their names now; None for what
     files no longer hold."""
-    constant: ClassVar[tuple[str, ...]] = ()
+    changes_base: bool = False
+    """``start`` moves a part of the base's weight into the adapter: no other may stand on it."""
+    constant: tuple[str, ...] = ()
     """Parts that never train: random projections, indices. They are Parameters all the same: layers
     may share one, and ``.to()`` keeps a Parameter shared where it copies a buffer."""
 

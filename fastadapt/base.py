@@ -77,6 +77,12 @@ class Base(Protocol):
     def copy(self) -> nn.Module:
         """The layer itself once more, to be trained; raises UnsupportedError when quantised."""
 
+    def store(self, w: Tensor) -> None:
+        """Keep w instead of the weight, for good; a start that moves a part of it elsewhere."""
+
+    def note(self, name: str, forget: bool = False) -> Any:
+        """What a preprocessing pass left on the layer under this name, or None."""
+
     def drop(self, x: Tensor, p: float) -> Tensor:
         """Dropout on an input; indices pass as they are."""
 
@@ -180,6 +186,14 @@ class FrozenLayer:
         # on the device that new tensors get: "meta" while a file is only checked
         made: nn.Module = copy.deepcopy(self.layer)
         return made.to(torch.empty(0).device)
+
+    def store(self, w: Tensor) -> None:
+        self.write(w, None)
+
+    def note(self, name: str, forget: bool = False) -> Any:
+        if forget:
+            return self.layer.__dict__.pop(name, None)
+        return self.layer.__dict__.get(name)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         return x if self.indexed or p == 0 else dropout(x, p)
@@ -305,6 +319,12 @@ class Stacked:
 
     def copy(self) -> nn.Module:
         return self.base.copy()
+
+    def store(self, w: Tensor) -> None:
+        self.base.store(w)
+
+    def note(self, name: str, forget: bool = False) -> Any:
+        return self.base.note(name, forget)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         return self.base.drop(x, p)

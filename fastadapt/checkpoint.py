@@ -18,7 +18,7 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ _SHOWN = 12
 MAX_HEADER_BYTES = 16 << 20
 """An adapter of 18,000 layers has 6 MB; the format itself allows 100 MB, whose parsing takes
 several times that."""
+
+Converter = Callable[[Any, dict[str, Tensor]], tuple[AdapterConfig, dict[str, Tensor]]]
 
 
 @dataclass
@@ -293,15 +295,20 @@ def save(
     folder: str | os.PathLike[str],
     *,
     safe_serialization: bool = True,
+    convert: Converter | None = None,
     **options: Any,
 ) -> None:
     """Write adapter_model.safetensors and adapter_config.json, each whole or not at all, of every
     adapter in ``configs``: "default" into the folder, others into a subfolder of their name. All
-    are checked before the first is written. options: see ``adapter_state_dict``.
+    are checked before the first is written. convert: makes what is written of a config and its
+    tensors; options: see ``adapter_state_dict``.
 
     Raises CheckpointError for an adapter that is empty or not finite, OutputError for a folder
     that cannot be written; files that were there then stand."""
     held = {n: adapter_state_dict(root, c, n, **options) for n, c in configs.items()}
+    if convert is not None:
+        made = {n: convert(configs[n], tensors) for n, tensors in held.items()}
+        configs, held = {n: c for n, (c, _) in made.items()}, {n: t for n, (_, t) in made.items()}
     for name, tensors in held.items():
         _refuse(tensors, name)
     for name, tensors in held.items():

@@ -65,6 +65,7 @@ def plan(
     with device:
         shared = method.shared(config, dict(bases))
         adapters = {p: method(config.at(p), base, shared) for p, base in bases.items()}
+    _refuse_changes(modules, adapters)
     wanted = config.modules_to_save or []
     # PEFT's rule is a plain suffix here: "norm" takes input_layernorm too, and so do its files
     saved = [p for p in modules if p.endswith(tuple(wanted))]
@@ -103,6 +104,16 @@ def attach(model: nn.Module, made: Plan, name: str, *, autocast_adapter_dtype: b
         wrapper.add(name)
         wrapper.set_adapter(active, inference_mode=made.config.inference_mode)
     set_bias_trainable(model, made.config, name, name in active and not made.config.inference_mode)
+
+
+def swap(layer: AdaptedLayer, name: str, adapter: Adapter) -> None:
+    """Put another adapter in the place of one of this name, as trainable as that was."""
+    old = nn.ModuleDict({k: p for k, p in layer.parts_of(name).items() if isinstance(p, nn.Module)})
+    trains = any(p.requires_grad for p in old.parameters())
+    _place(adapter, layer.frozen, not adapter.keeps_dtype, {})
+    layer.add(name, adapter)
+    adapter.start(layer.frozen)
+    layer.set_requires_grad(name, trains)
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -195,6 +206,24 @@ def _refuse_norms(method: type[Adapter], bases: dict[str, FrozenLayer]) -> None:
                 f"Target module {path} is not supported: {method.name} adapts a matrix, and "
                 f"{type(base.layer).__name__} has a vector"
             )
+
+
+def _refuse_changes(modules: dict[str, Any], adapters: dict[str, Adapter]) -> None:
+    """A start that takes a part out of the base would silently change what stands on it."""
+    held = [
+        (path, next(iter(modules[path].adapters)))
+        for path, adapter in adapters.items()
+        if adapter.changes_base and getattr(modules[path], "adapters", None)
+    ]
+    if held:
+        path, other = held[0]
+        raise LifecycleError(
+            f"the start of this adapter (init_lora_weights="
+            f"{getattr(adapters[path].config, 'init_lora_weights', None)!r}) takes a part of the "
+            f"base weight into itself, which would change adapter {other!r} at {path} and "
+            f"{len(held) - 1} more: unload that first, or save the new one as a plain LoRA with "
+            "path_initial_model_for_weight_conversion and load that"
+        )
 
 
 def _refuse_whole(path: str, module: nn.Module) -> None:

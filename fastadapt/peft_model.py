@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastadapt import checkpoint, inject
 from fastadapt.config import AdapterConfig, TaskType, as_config
-from fastadapt.errors import LifecycleError, UnsupportedError
+from fastadapt.errors import LifecycleError
 from fastadapt.model import Adapters
 
 
@@ -62,6 +62,23 @@ class Tuner(Adapters, nn.Module):
     def unload(self) -> nn.Module:
         """The base model, without the adapters."""
         return self._strip(False, False, None, False)
+
+    def _get_kasa_loss(self, adapter_names: str | list[str] | None = None) -> Any:
+        """The loss of KaSA's paper, for the caller to add; 0.0 without KaSA."""
+        from fastadapt.methods.kasa import kasa_loss
+
+        return kasa_loss(self._named(adapter_names))
+
+    def _get_monteclora_loss(self, adapter_names: str | list[str] | None = None) -> Any:
+        """MonteCLoRA's variational loss, for the caller to add; 0.0 without it."""
+        from fastadapt.methods.monteclora import monteclora_loss
+
+        return monteclora_loss(self._named(adapter_names))
+
+    def _named(self, names: str | list[str] | None) -> list[Any]:
+        names = self._active_names() if names is None else names
+        names = [names] if isinstance(names, str) else names
+        return [a for n in names for a in inject.adapters_of(self.model, n).values()]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -196,16 +213,21 @@ class PeftModel(Adapters, nn.Module):
         **_: Any,
     ) -> None:
         """Write the adapters in PEFT's layout: "default" into the folder, every other into a
-        subfolder of its name."""
+        subfolder of its name.
+
+        path_initial_model_for_weight_conversion: the folder of this adapter as it was before
+        training, when its start (PiSSA, OLoRA, CorDA, LoRA-GA) changed the base: what is written
+        is a plain LoRA of twice the rank for the untouched base; see ``plain_lora``."""
         from fastadapt.patch.inplace import save_adapters
 
+        convert: Any = None
         if path_initial_model_for_weight_conversion is not None:
-            raise UnsupportedError(
-                "path_initial_model_for_weight_conversion: not built yet in fastadapt"
-            )
+            from fastadapt.plain_lora import on_untouched_base
+
+            convert = partial(on_untouched_base, initial=path_initial_model_for_weight_conversion)
         if is_main_process:
             save_adapters(
-                self, save_directory, selected_adapters, state_dict=state_dict,
+                self, save_directory, selected_adapters, state_dict=state_dict, convert=convert,
                 safe_serialization=safe_serialization, save_embedding_layers=save_embedding_layers,
             )  # fmt: skip
             self.create_or_update_model_card(save_directory)

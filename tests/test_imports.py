@@ -31,11 +31,11 @@ class Room(NamedTuple):
     types: str = ""
 
 
-METHOD = Room("base adapter combine config ops targets", types="layer")
+METHOD = Room("base adapter combine config inits ops targets", types="layer")
 MODEL = ["layer", "inject", "model", "modules_to_save", "checkpoint", "slots", "fingerprint"]
-MODEL += ["targets", "weighted", "explain", "kbit", "reference", "penalties"]
+MODEL += ["targets", "weighted", "explain", "kbit", "reference", "penalties", "eva", "plain_lora"]
 CORE = Room(
-    " ".join(["base adapter combine config files kinds methods ops", *MODEL]),
+    " ".join(["base adapter combine config files inits kinds methods ops", *MODEL]),
     lazy="safetensors huggingface_hub transformers peft rich tqdm",
 )
 OUTER = Room(lazy="*")
@@ -52,7 +52,7 @@ ROOMS = {
     "combine": Room(),
     "adapter": METHOD,
     "methods": METHOD._replace(lazy="numpy"),  # PEFT draws some places with its generator
-    "inits": METHOD,
+    "inits": METHOD._replace(lazy="bitsandbytes safetensors tqdm"),
     "prompts": METHOD,
     "routers": METHOD,
     "optimizers": Room(lazy="bitsandbytes"),

@@ -114,7 +114,7 @@ class AdaLora(PairAdapter):
 
     @classmethod
     def variant(cls, config: AdaLoraConfig) -> type[AdaLora]:
-        config.check_built()
+        config.check_plain()
         return cls
 
     def build(self, base: Base, shared: Any) -> None:

@@ -46,6 +46,7 @@ class Dora(Lora):
         self.parts["lora_magnitude_vector"] = Magnitude(*shape)
 
     def start(self, base: Base) -> None:
+        super().start(base)
         m = self["lora_magnitude_vector"].weight
         with torch.no_grad():
             m.copy_(base.row_norm(*self.pair(), self["scaling"]).view_as(m))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -72,6 +73,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "dora": {"r": 4, "lora_alpha": 6, "use_dora": True},
         "lora_bias": {"r": 4, "lora_alpha": 6, "lora_bias": True},
         "lora_gaussian": {"r": 4, "lora_alpha": 6, "init_lora_weights": "gaussian"},
+        "qalora": {"r": 4, "use_qalora": True, "qalora_group_size": 4},
+        "bdlora": {"r": 4, "use_bdlora": {"target_modules_bd_b": ["layer"], "nblocks": 2}},
+        "kasa": {"r": 4, "kasa_config": {}},
     },
     "ADALORA": {"adalora": {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}},
     "VERA": {"vera": {"r": 8}},
@@ -123,6 +127,9 @@ IMPOSSIBLE = {
     ("lora_bias", "embedding"), ("dora", "conv2d_grouped"), ("pvera", "conv2d_grouped"),
     ("ln_tuning", "bnb4"), ("ln_tuning", "fp4"), ("ln_tuning", "bnb8"),
     ("lily", "conv2d_grouped"),
+    *itertools.product(
+        ("qalora", "bdlora", "kasa"), ("embedding", *(k for k in KINDS if k.startswith("conv2d")))
+    ),
 }  # fmt: skip
 """(method case, kind or format) that cannot be: UnsupportedError says why."""
 
