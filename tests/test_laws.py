@@ -107,7 +107,10 @@ def test_law_1_the_start_is_the_identity(case: str, fmt: str, kind: str) -> None
 @each_cell
 def test_law_2_adapters_learn_and_the_base_does_not(case: str, fmt: str, kind: str) -> None:
     layer = adapted(base_layer(fmt, kind), config_of(case)).train()
-    layer(layer_input(fmt, kind, 3, 5)).square().mean().backward()
+    y = layer(layer_input(fmt, kind, 3, 5))
+    if fmt.startswith("dense"):  # bitsandbytes' own outputs refuse it
+        y.mul_(2)  # what comes next may change the output in place
+    y.square().mean().backward()
     constant = set(layer.adapters["a0"].constant)
     for name, parameter in adapter_parameters(layer):
         if constant & set(name.split(".")):

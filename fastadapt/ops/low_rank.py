@@ -68,7 +68,7 @@ class LowRankFunction(torch.autograd.Function):
         ctx.save_for_backward(x, u, seed, a, b, *bits[:FLAT_TENSORS])
         ctx.plain = (scale, p, compute, bits[FLAT_TENSORS:])
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], b.shape[0])  # type: ignore[no-any-return]
+        return unviewed(y, (*x.shape[:-1], b.shape[0]))
 
     @staticmethod
     @once_differentiable
@@ -179,6 +179,13 @@ def _backward(
             dx = steps.product(dx, g, bits, compute, False)
         dx = dx.to(x.dtype)
     return dx, da, db if need_b else nothing
+
+
+def unviewed(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """y in another shape, not counted as a view of it: autograd forbids changing in place a view
+    that was made inside a Function, and a layer's output may be changed in place."""
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(y, shape)
+    return shaped
 
 
 def check_low_rank(x: Tensor, a: Tensor, b: Tensor, bits: Bits | None, bias: Tensor | None) -> None:

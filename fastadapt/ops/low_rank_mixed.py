@@ -25,7 +25,7 @@ from fastadapt.ops import native
 from fastadapt.ops.bits import FLAT_TENSORS, Bits, flatten, unflatten
 from fastadapt.ops.dispatch import Op
 from fastadapt.ops.dropout import check_p
-from fastadapt.ops.low_rank import BITS, check_low_rank, why_not_triton
+from fastadapt.ops.low_rank import BITS, check_low_rank, unviewed, why_not_triton
 from fastadapt.ops.low_rank_steps import NATIVE, REFERENCE, Steps, triton_steps
 from fastadapt.ops.precision import product_dtype
 
@@ -96,7 +96,7 @@ class LowRankMixedFunction(torch.autograd.Function):
         ctx.save_for_backward(x, u, seeds, *bits[:FLAT_TENSORS], *a, *b)
         ctx.plain = (scale, p, index, compute, bits[FLAT_TENSORS:])
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], n)  # type: ignore[no-any-return]
+        return unviewed(y, (*x.shape[:-1], n))
 
     @staticmethod
     @once_differentiable
