@@ -21,13 +21,15 @@ from types import UnionType
 from typing import Any, ClassVar, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import fastadapt.methods as registry
-from fastadapt.errors import CheckpointError, ConfigError, FastAdaptWarning
+from fastadapt.errors import CheckpointError, ConfigError, FastAdaptWarning, NoConfigError
 from fastadapt.files import fetch, write_atomic
 from fastadapt.targets import DEFAULT_TARGETS
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_SCHEMA = "0.21.2"
 """The PEFT release whose config fields and file layout these are; written as ``peft_version``."""
+
+__version__ = PEFT_SCHEMA
 
 MAX_CONFIG_BYTES = 4 << 20
 
@@ -88,7 +90,7 @@ class PeftConfig:
                 f"{', '.join(t.value for t in TaskType)}."
             )
         if self.peft_version is None:
-            self.peft_version = PEFT_SCHEMA
+            self.peft_version = _version()
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -197,13 +199,13 @@ class PeftConfig:
         unknown = sorted(set(kwargs) - known)
         if unknown:
             if peft_type is None:
-                raise ConfigError(
-                    f"{target.__name__} has no field {_near(unknown[0], known)}; the file names no "
-                    "peft_type"
+                raise NoConfigError(
+                    f"The {target.__name__} config that is trying to be loaded is missing required "
+                    f"keys: {{'peft_type'}}. It has no field {_near(unknown[0], known)}."
                 )
             warnings.warn(
                 f"Unexpected keyword arguments {unknown} for class {target.__name__}, these are "
-                "ignored: they were saved by a newer version of PEFT.",
+                "ignored. They were saved by a newer version of PEFT.",
                 FastAdaptWarning,
                 stacklevel=2,
             )
@@ -299,6 +301,34 @@ def from_dict(values: dict[str, Any]) -> AdapterConfig:
         if name not in known:
             raise ConfigError(f"{target.__name__} has no field {_near(name, known)}")
     return target(**values)
+
+
+def _version() -> str:
+    """``__version__``; of a development version with the commit that it was installed from."""
+    if ".dev" not in __version__:
+        return __version__
+    try:
+        commit = _get_commit_hash("fastadapt")
+    except Exception:  # metadata that cannot be read must not stop a training run
+        warnings.warn(
+            "A dev version of PEFT is used but there was an error while trying to determine the "
+            "commit hash; peft_version ends in @UNKNOWN.",
+            stacklevel=2,
+        )
+        commit = None
+    return f"{__version__}@{commit or 'UNKNOWN'}"
+
+
+def _get_commit_hash(pkg_name: str) -> str | None:
+    """The commit of a package that pip installed from version control, else None."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        text = distribution(pkg_name).read_text("direct_url.json")
+    except PackageNotFoundError:
+        return None
+    commit = json.loads(text).get("vcs_info", {}).get("commit_id") if text else None
+    return None if commit is None else str(commit)
 
 
 def _near(name: str, known: set[str]) -> str:

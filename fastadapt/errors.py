@@ -21,6 +21,10 @@ class ConfigError(FastAdaptError, ValueError):
     """A configuration that no model could satisfy: an unknown field, a rank of zero, a clash."""
 
 
+class NoConfigError(ConfigError, TypeError):
+    """A JSON file that is no adapter configuration: fields that no class has, and no peft_type."""
+
+
 class TargetError(FastAdaptError, ValueError):
     """Target names, patterns or layer indices that select nothing, or cannot be evaluated."""
 

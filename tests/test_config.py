@@ -211,3 +211,32 @@ def test_fields_of_a_newer_peft_are_left_out_with_a_warning(tmp_path: Path) -> N
 def test_runtime_options_are_never_saved() -> None:
     config = fastadapt.LoraConfig()
     assert "runtime_config" not in json.loads(config.to_json())
+
+
+@pytest.mark.parametrize(
+    ("release", "commit", "written"),
+    [
+        ("0.17.0", "abc", "0.17.0"),
+        ("0.17.0.dev3", "abc", "0.17.0.dev3@abc"),
+        ("0.17.0.dev3", None, "0.17.0.dev3@UNKNOWN"),
+    ],
+)
+def test_the_version_is_written_and_kept(
+    release: str, commit: str | None, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastadapt.config.__version__", release)
+    monkeypatch.setattr("fastadapt.config._get_commit_hash", lambda _: commit)
+    fastadapt.LoraConfig().save_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert PeftConfig.from_pretrained(tmp_path).peft_version == written
+
+
+def test_any_json_is_no_config(tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_text('{"foo": "bar"}')
+    with pytest.raises(TypeError, match=r"missing required keys: {'peft_type'}"):
+        fastadapt.LoraConfig.from_pretrained(tmp_path)
+
+
+def test_adaloras_r_is_not_used_and_says_so() -> None:
+    with pytest.warns(FastAdaptWarning, match="`r` is not used in AdaLora"):
+        fastadapt.AdaLoraConfig(r=10, total_step=1)

@@ -11,8 +11,9 @@ Source: AdaLoRA (arXiv 2303.10512).
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from fastadapt.base import Base
 from fastadapt.config import PeftType
-from fastadapt.errors import ConfigError, LifecycleError
+from fastadapt.errors import ConfigError, FastAdaptWarning, LifecycleError
 from fastadapt.methods import fields
 from fastadapt.methods.lora import LoraConfig
 from fastadapt.methods.pair import PairAdapter, drop_part
@@ -66,6 +67,13 @@ class AdaLoraConfig(LoraConfig):
         super().__post_init__()
         self.rank_pattern = kept or {}
         self.peft_type = PeftType.ADALORA  # type: ignore[attr-defined]
+        if self.r != 8:
+            warnings.warn(
+                "Note that `r` is not used in AdaLora and will be ignored. Set `init_r`, the rank "
+                "at the start, instead.",
+                FastAdaptWarning,
+                stacklevel=3,
+            )
         fields.count(self, "target_r", "init_r", "deltaT")
         for name in ("use_dora", "loftq_config", "lora_bias"):
             if getattr(self, name):
@@ -86,7 +94,7 @@ class AdaLoraConfig(LoraConfig):
             )
 
     def at(self, path: str) -> AdaLoraConfig:
-        made = dataclasses.replace(self)
+        made = copy.copy(self)
         kept = self.rank_pattern.get(f"{path}.lora_E")
         made.rank = self.init_r if kept is None else sum(kept)
         return made
