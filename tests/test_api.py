@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fastadapt
-from fastadapt.errors import CheckpointError, LifecycleError, UnsupportedError
+from fastadapt.errors import CheckpointError, ConfigError, LifecycleError, UnsupportedError
 
 peft = pytest.importorskip("peft")
 
@@ -225,3 +225,11 @@ def test_saving_writes_a_card_and_keeps_its_text(tmp_path: Path) -> None:
     text = (tmp_path / "README.md").read_text()
     assert "mine" in text
     assert text.count("- PEFT ") == 1
+
+
+def test_a_file_without_a_task_names_its_base_in_the_allowlist(tmp_path: Path) -> None:
+    config = lora(auto_mapping={"parent_library": "os", "base_model_class": "system"})
+    config.save_pretrained(tmp_path)
+    for cls in (fastadapt.AutoPeftModel, fastadapt.AutoPeftModelForCausalLM):
+        with pytest.raises(ConfigError, match="not in the import allowlist"):
+            cls.from_pretrained(tmp_path)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from fastadapt import peft_model as models
 from fastadapt.config import PeftConfig, TaskType
-from fastadapt.errors import ConfigError
+from fastadapt.errors import ConfigError, FastAdaptWarning
 from fastadapt.files import fetch
 
 TRUSTED = ("diffusers", "lerobot", "megatron-core", "transformers")
@@ -72,7 +74,6 @@ class AutoPeftModel:
                     f"{cls._wrapper.__name__} make sure that you are loading the correct model for "
                     "your task type."
                 )
-        if cls._base is not None:
             return getattr(import_module("transformers"), cls._base)
         mapping = config.auto_mapping
         if not mapping:
@@ -124,8 +125,20 @@ def _fit_embeddings(base: Any, where: Any, revision: str | None, kwargs: dict[st
     from transformers import AutoTokenizer
 
     trust = kwargs.get("trust_remote_code", False)
-    tokenizer = AutoTokenizer.from_pretrained(
-        where, revision=revision, token=kwargs.get("token"), trust_remote_code=trust
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            where, revision=revision, token=kwargs.get("token"), trust_remote_code=trust
+        )
+    except OSError as error:
+        if Path(where).exists():
+            raise
+        # its config is in the cache and the rest is out of reach; PEFT looks at neither offline
+        warnings.warn(
+            f"the tokenizer of {where} could not be read ({str(error).splitlines()[0]}): the "
+            "embedding keeps its size",
+            FastAdaptWarning,
+            stacklevel=4,
+        )
+        return
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer))
