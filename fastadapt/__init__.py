@@ -32,6 +32,7 @@ _NAMES = {
     "fastadapt.inits.corda": "CordaConfig preprocess_corda",
     "fastadapt.inits.lora_ga": "LoraGAConfig preprocess_loraga",
     "fastadapt.inits.loftq": "LoftQConfig replace_lora_weights_loftq",
+    "fastadapt.methods.trainable_tokens": "TrainableTokensConfig",
     "fastadapt.methods.ia3": "IA3Config",
     "fastadapt.methods.ln_tuning": "LNTuningConfig",
     "fastadapt.methods.hira": "HiraConfig",

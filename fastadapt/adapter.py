@@ -44,6 +44,8 @@ class Adapter:
     old_parts: ClassVar[dict[str, str | None]] = {}
     """Names that parts had in files of earlier PEFT releases -> their names now; None for what
     files no longer hold."""
+    adds_embedding_to_file: ClassVar[bool] = True
+    """On an embedding, files hold the embedding's own weight too."""
     changes_base: bool = False
     """``start`` moves a part of the base's weight into the adapter: no other may stand on it."""
     constant: tuple[str, ...] = ()
@@ -70,6 +72,14 @@ class Adapter:
     def variant(cls, config: Any) -> type[Adapter]:
         """The class that serves ``config`` (a flag of the config may choose another)."""
         return cls
+
+    @classmethod
+    def companions(
+        cls, config: Any, model: Any, adapters: dict[str, Any]
+    ) -> dict[str, Callable[[Base], Adapter]]:
+        """Further adapters that the configuration asks for, perhaps of another method, next to the
+        ``adapters`` of its targets: path -> a maker."""
+        return {}
 
     @classmethod
     def shared(cls, config: Any, bases: dict[str, Base]) -> Any:

@@ -268,6 +268,8 @@ def adapter_state_dict(
     DeepSpeed), with the model's own keys or the wrapper's."""
     places = slots.existing(root, config, name)
     own = slots.adapted_paths(root, name)
+    pairs = inject.adapters_of(root, name)
+    own = {p for p in own if pairs[p].adds_embedding_to_file}
     targeted = any(p.rpartition(".")[2] in slots.EMBEDDINGS for p in own)
     if save_embedding_layers == "auto":
         why = "embedding layers found in `target_modules`" if targeted else _resized(root, config)

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Self, TypeVar, Union, get_args, get_origin, ge
 import fastadapt.methods as registry
 from fastadapt.errors import CheckpointError, ConfigError, FastAdaptWarning, NoConfigError
 from fastadapt.files import fetch, write_atomic
-from fastadapt.targets import DEFAULT_TARGETS
+from fastadapt.targets import DEFAULT_TARGETS, default_targets
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_SCHEMA = "0.21.2"
@@ -240,6 +240,10 @@ class AdapterConfig(PeftConfig):
 
     default_targets: ClassVar[Mapping[str, list[str] | str]] = DEFAULT_TARGETS
     """Model type -> target_modules when None is given."""
+
+    def default_targets_in(self, model: Any) -> list[str] | str:
+        """``target_modules`` when None is given; TargetError for a type without a default."""
+        return default_targets(model, self.default_targets)
 
     def for_model(self, model_type: str | None) -> Self:
         """A copy with fields that default by model type (``target_modules`` apart) filled in."""

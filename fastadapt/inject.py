@@ -65,6 +65,14 @@ def plan(
     with device:
         shared = method.shared(config, dict(bases))
         adapters = {p: method(config.at(p), base, shared) for p, base in bases.items()}
+        more = method.companions(config, model, adapters)
+        both = [p for p in more if p in adapters or p not in modules]
+        if both:
+            raise UnsupportedError(
+                f"{method.name}: {both[0]} is targeted, and some of its tokens are trained too: "
+                "one adapter has one form at a layer, choose one"
+            )
+        adapters.update({p: make(_base(p, modules[p])) for p, make in more.items()})
     _refuse_changes(modules, adapters)
     wanted = config.modules_to_save or []
     # PEFT's rule is a plain suffix here: "norm" takes input_layernorm too, and so do its files
@@ -160,7 +168,7 @@ def _resolved(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     """A copy with targets as names and the task's heads among modules_to_save."""
     wanted = config.target_modules
     if wanted is None and not getattr(config, "target_parameters", None):
-        wanted = targets.default_targets(model, config.default_targets)
+        wanted = config.default_targets_in(model)
         wanted = wanted if isinstance(wanted, str) else set(wanted)
     elif isinstance(wanted, str) and wanted.lower() == targets.ALL_LINEAR:
         paths = targets.linear_paths(model, _is_linear)

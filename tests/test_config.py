@@ -27,7 +27,6 @@ CONFIG = "adapter_config.json"
 
 USED = {
     "megatron_config": {"tensor_model_parallel_size": 1},
-    "trainable_token_indices": [1, 2],
     "alora_invocation_tokens": [5],
     "layer_replication": [(0, 1), (0, 2)],
     "target_parameters": ["experts.gate_up_proj"],

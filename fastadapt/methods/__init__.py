@@ -23,6 +23,7 @@ METHODS = {
     "RANDLORA": "randlora:RandLora",
     "FOURIERFT": "fourierft:FourierFT",
     "VBLORA": "vblora:VBLoRA",
+    "TRAINABLE_TOKENS": "trainable_tokens:TrainableTokens",
     "IA3": "ia3:IA3",
     "LN_TUNING": "ln_tuning:LNTuning",
     "HIRA": "hira:Hira",

@@ -23,6 +23,7 @@ from fastadapt.inits import init_of
 from fastadapt.inits.init import Init
 from fastadapt.methods import lora_combine
 from fastadapt.methods.lora_config import MAX_RANK, LoraConfig, LoraRuntimeConfig
+from fastadapt.methods.trainable_tokens import Companions, TokenAdapter, companions_of
 from fastadapt.ops.low_rank_mixed import Pair
 
 __all__ = ["MAX_RANK", "Lora", "LoraConfig", "LoraRuntimeConfig"]
@@ -37,6 +38,12 @@ class Lora(DeltaAdapter):
     def variant(cls, config: LoraConfig) -> type[Adapter]:
         config.check_built()
         return config.variant() or cls
+
+    @classmethod
+    def companions(cls, config: LoraConfig, model: Any, adapters: dict[str, Any]) -> Companions:
+        if not config.trainable_token_indices:
+            return {}
+        return companions_of(model, config.trainable_token_indices, TokenAdapter)
 
     def build(self, base: Base, shared: Any) -> None:
         config: LoraConfig = self.config

@@ -40,7 +40,7 @@ VARIANTS = {
 """Field that asks for it -> module of methods : class."""
 
 _NOT_BUILT = (
-    "megatron_config", "trainable_token_indices", "alora_invocation_tokens", "layer_replication",
+    "megatron_config", "alora_invocation_tokens", "layer_replication",
     "target_parameters", "arrow_config", "ensure_weight_tying",
 )  # fmt: skip
 

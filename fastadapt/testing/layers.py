@@ -77,6 +77,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "bdlora": {"r": 4, "use_bdlora": {"target_modules_bd_b": ["layer"], "nblocks": 2}},
         "kasa": {"r": 4, "kasa_config": {}},
     },
+    "TRAINABLE_TOKENS": {"trainable_tokens": {"token_indices": [3, 40, 17]}},
     "ADALORA": {"adalora": {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 10}},
     "VERA": {"vera": {"r": 8}},
     "PVERA": {"pvera": {"r": 8}},
@@ -130,6 +131,7 @@ IMPOSSIBLE = {
     *itertools.product(
         ("qalora", "bdlora", "kasa"), ("embedding", *(k for k in KINDS if k.startswith("conv2d")))
     ),
+    ("trainable_tokens", "conv2d"), ("trainable_tokens", "conv2d_grouped"),
 }  # fmt: skip
 """(method case, kind or format) that cannot be: UnsupportedError says why."""
 
