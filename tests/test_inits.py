@@ -252,3 +252,12 @@ def test_eva_needs_data_and_its_start() -> None:
     plain = fastadapt.get_peft_model(tiny.Plain(), fastadapt.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ConfigError, match="eva"):
         fastadapt.initialize_lora_eva_weights(plain, [])
+
+
+def test_a_random_start_is_not_loaded_silently(tmp_path: Any) -> None:
+    made = fastadapt.LoraConfig(
+        r=2, target_modules=["q_proj"], init_lora_weights="pissa_niter_2", inference_mode=False
+    )
+    fastadapt.get_peft_model(tiny.Plain(), made).save_pretrained(tmp_path)
+    with pytest.warns(fastadapt.FastAdaptWarning, match="starts at random"):
+        fastadapt.PeftModel.from_pretrained(tiny.Plain(), tmp_path)

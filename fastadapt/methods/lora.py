@@ -10,6 +10,7 @@ Sources: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732).
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from fastadapt.adapter import Adapter, DeltaAdapter
 from fastadapt.base import Base, compose
 from fastadapt.combine import Recipe
-from fastadapt.errors import UnsupportedError
+from fastadapt.errors import FastAdaptWarning, UnsupportedError
 from fastadapt.inits import init_of
 from fastadapt.inits.init import Init
 from fastadapt.methods import lora_combine
@@ -75,6 +76,14 @@ class Lora(DeltaAdapter):
     def start(self, base: Base) -> None:
         if self._init is None or not self.changes_base:
             return
+        if self._init.iterations is not None and self.config.inference_mode:
+            warnings.warn(
+                f"init_lora_weights={self.config.init_lora_weights!r} starts at random: the base "
+                "that it leaves is not the one that the loaded adapter was trained on; save with "
+                "path_initial_model_for_weight_conversion instead",
+                FastAdaptWarning,
+                stacklevel=5,
+            )
         with torch.no_grad():
             w = base.read()[0].float()
             a, b = (tensor_of(self[self._prefix + part]) for part in "AB")
