@@ -92,7 +92,7 @@ def attach(model: nn.Module, made: Plan, name: str, *, autocast_adapter_dtype: b
     """Insert the planned adapters under ``name``; the first adapter of a model becomes active and
     the rest of the model is frozen."""
     layers = dict(adapted(model))
-    if any(_holds(layer, name) for layer in layers.values()):
+    if any(_holds(layers[p], name) for p in (*made.adapters, *made.saved) if p in layers):
         raise LifecycleError(f"Adapter with name {name} already exists.")
     first = not layers
     active = [name] if first else _active(model)
@@ -112,6 +112,14 @@ def attach(model: nn.Module, made: Plan, name: str, *, autocast_adapter_dtype: b
         wrapper.add(name)
         wrapper.set_adapter(active, inference_mode=made.config.inference_mode)
     set_bias_trainable(model, made.config, name, name in active and not made.config.inference_mode)
+
+
+def clear(model: nn.Module, made: Plan, name: str) -> None:
+    """Take the adapter ``name`` off the layers that the plan gives a new one of that name."""
+    layers = dict(adapted(model))
+    for path in (*made.adapters, *made.saved):
+        if path in layers and _holds(layers[path], name):
+            layers[path].delete_adapter(name)
 
 
 def swap(layer: AdaptedLayer, name: str, adapter: Adapter) -> None:

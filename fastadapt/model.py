@@ -273,6 +273,8 @@ class Adapters:
             inject.put(root, path, layer.base_layer)
         release_weights(root)
         penalties.detach(root)
+        if vars(root).get("peft_config") is self._configs:
+            del vars(root)["peft_config"]
         return root
 
     # queries

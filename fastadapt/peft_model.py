@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from functools import cache, partial
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from fastadapt import checkpoint, inject
 from fastadapt.config import AdapterConfig, TaskType, as_config
-from fastadapt.errors import LifecycleError
+from fastadapt.errors import FastAdaptWarning, LifecycleError
+from fastadapt.methods import method_of
 from fastadapt.model import Adapters
 
 
@@ -114,15 +116,35 @@ class PeftModel(Adapters, nn.Module):
     ) -> None:
         nn.Module.__init__(self)
         config = as_config(peft_config)
-        if any(True for _ in inject.adapted(model)):
-            raise LifecycleError("the model has adapters: unload them first, or add_adapter")
         self._configs: dict[str, AdapterConfig] = {}
         self._check_new(adapter_name, config)
+        again = any(True for _ in inject.adapted(model))
+        if again:
+            from fastadapt.patch.inplace import PatchedModel
+
+            if isinstance(model, PatchedModel):
+                raise LifecycleError(
+                    "the model has adapters that `patch` put in: unpatch it first, or add_adapter"
+                )
+            warnings.warn(
+                "You are trying to modify a model with PEFT for a second time: it keeps its "
+                "adapters, and one of this name starts anew. To load the model with a different "
+                "config instead, call `.unload()` before.",
+                FastAdaptWarning,
+                stacklevel=3,
+            )
         made = inject.plan(model, config, allow_unmatched=allow_unmatched)
         method = next(iter(made.adapters.values()))
+        if again:
+            inject.clear(model, made, adapter_name)
+            self._configs.update(getattr(model, "peft_config", {}))
         self.base_model = Tuner(model, self._configs, method.prefix)
         self.peft_type = config.peft_type
         self._attach(made, adapter_name, autocast_adapter_dtype)
+        # on the base model as well, as PEFT has it: a second wrapper finds the adapters there
+        vars(model)["peft_config"] = self._configs
+        if again:
+            self.set_adapter(adapter_name, config.inference_mode)
         if getattr(model, "is_activation_checkpointing", False):
             self.prepare_model_for_gradient_checkpointing(model)
 
@@ -331,6 +353,7 @@ def get_peft_model(
     ``low_cpu_mem_usage`` is accepted: parameters are made on the CPU and moved, one at a time.
     Raises ConfigError, TargetError, UnsupportedError before the model is changed."""
     config = as_config(peft_config)
+    _warn_changes(model, config, adapter_name, revision)
     if revision is not None:
         config.revision = revision
     if mixed:
@@ -340,6 +363,33 @@ def get_peft_model(
     return _class_for(config)(
         model, config, adapter_name, autocast_adapter_dtype, allow_unmatched=allow_unmatched
     )
+
+
+def _warn_changes(
+    model: nn.Module, config: AdapterConfig, adapter_name: str, revision: str | None
+) -> None:
+    """What get_peft_model changes in the config, and a name that loading may stumble over."""
+    before, now = config.base_model_name_or_path, vars(model).get("name_or_path") or None
+    said = []
+    if before is not None and before != now:
+        said.append(
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{before}' to '{now}'. "
+            "Please ensure that the correct base model is loaded when loading this checkpoint."
+        )
+    config.base_model_name_or_path = now
+    if revision is not None and config.revision not in (None, revision):
+        said.append(
+            f"peft config has already set base model revision to {config.revision}, overwriting "
+            f"with revision {revision}"
+        )
+    prefix = method_of(config.peft_type).prefix
+    if adapter_name in prefix:
+        said.append(
+            f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. "
+            "This may lead to reinitialization of the adapter weights during loading."
+        )
+    for text in said:
+        warnings.warn(text, FastAdaptWarning, stacklevel=3)
 
 
 def tuner(model: nn.Module, peft_config: Any, adapter_name: str = "default") -> Tuner:

@@ -14,7 +14,13 @@ import torch
 from torch import nn
 
 import fastadapt
-from fastadapt.errors import CheckpointError, ConfigError, LifecycleError, UnsupportedError
+from fastadapt.errors import (
+    CheckpointError,
+    ConfigError,
+    FastAdaptWarning,
+    LifecycleError,
+    UnsupportedError,
+)
 
 peft = pytest.importorskip("peft")
 
@@ -233,3 +239,34 @@ def test_a_file_without_a_task_names_its_base_in_the_allowlist(tmp_path: Path) -
     for cls in (fastadapt.AutoPeftModel, fastadapt.AutoPeftModelForCausalLM):
         with pytest.raises(ConfigError, match="not in the import allowlist"):
             cls.from_pretrained(tmp_path)
+
+
+def test_a_second_get_peft_model_keeps_the_other_adapters_and_starts_its_own_anew() -> None:
+    net = Net()
+    before = net(IDS)
+    first = fastadapt.get_peft_model(net, lora())
+    assert not torch.equal(first(IDS), before)
+    with pytest.warns(UserWarning, match="You are trying to modify a model with PEFT for a second"):
+        again = fastadapt.get_peft_model(net, lora(init_lora_weights=True))
+    torch.testing.assert_close(again(IDS), before)
+    with pytest.warns(UserWarning, match="for a second time"):
+        other = fastadapt.get_peft_model(net, lora(target_modules=["head"]), "other")
+    assert list(other.peft_config) == ["default", "other"]
+    assert other.active_adapters == ["other"]
+    other.set_adapter("default")
+    torch.testing.assert_close(other(IDS), before)
+    with pytest.warns(UserWarning, match="for a second time"):
+        nested = fastadapt.get_peft_model(other, lora(target_modules=["base_model.model.conv"]))
+    assert [n for n, p in nested.named_parameters() if p.requires_grad and ".conv." in n]
+    assert nested(IDS).isfinite().all()
+    assert not hasattr(other.unload(), "peft_config")
+
+
+def test_what_get_peft_model_changes_in_a_config_is_said() -> None:
+    config = lora(base_model_name_or_path="there", revision="v1")
+    with pytest.warns(FastAdaptWarning) as caught:
+        fastadapt.get_peft_model(Net(), config, "lora", revision="v2")
+    said = [str(w.message) for w in caught]
+    for text in ("renamed from 'there' to 'None'", "overwriting with revision v2", "the prefix"):
+        assert any(text in s for s in said), text
+    assert (config.base_model_name_or_path, config.revision) == (None, "v2")
