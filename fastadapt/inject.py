@@ -145,6 +145,11 @@ def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
     return {p: m.adapters[name] for p, m in layers if name in m.adapters}
 
 
+def all_linear(model: nn.Module) -> set[str]:
+    """The paths that "all-linear" stands for."""
+    return targets.linear_paths(model, _is_linear)
+
+
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
     """Set the submodule at ``path``."""
     parent, _, leaf = path.rpartition(".")
@@ -179,7 +184,7 @@ def _resolved(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
         wanted = config.default_targets_in(model)
         wanted = wanted if isinstance(wanted, str) else set(wanted)
     elif isinstance(wanted, str) and wanted.lower() == targets.ALL_LINEAR:
-        paths = targets.linear_paths(model, _is_linear)
+        paths = all_linear(model)
         others = [p for p, _ in targets.walk(model) if p not in paths]
         wanted = targets.condense(paths, others)
     elif isinstance(wanted, set):
@@ -260,6 +265,28 @@ def _report(
     config: AdapterConfig, modules: dict[str, Any], chosen: list[str], allow_unmatched: bool
 ) -> None:
     absent = targets.unmatched(config, modules)
+    # without anything chosen the reason is looked for, otherwise only exclusions can be in vain
+    excluded = []
+    if config.exclude_modules or not chosen:
+        test = targets.Matcher(config)
+        excluded = [p for p in modules if test.excludes(p)]
+    if not chosen and excluded:
+        if len(excluded) == len(modules):
+            raise TargetError(
+                "All modules were excluded. This is likely unintended. Check your "
+                "`target_modules`, `exclude_modules` and `modules_to_save` configuration."
+            )
+        raise TargetError(
+            "No modules were targeted for adaptation. This might be caused by a combination of "
+            "mismatched target modules and excluded modules: check `target_modules`, "
+            "`exclude_modules` and `modules_to_save`, whose modules are trained whole and take no "
+            f"adapter. Excluded are {excluded[:5]}."
+        )
+    if config.exclude_modules and not excluded:
+        warnings.warn(
+            f"You have passed exclude_modules={config.exclude_modules} but no modules were "
+            "excluded. Please check that exclude_modules was set correctly.", stacklevel=4,
+        )  # fmt: skip
     if not chosen:
         asked = config.target_modules
         near: dict[str, str | None] = {k: v for k, v in absent.items() if v}

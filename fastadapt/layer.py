@@ -202,11 +202,20 @@ class AdaptedLayer(nn.Module):
 
         ``safe_merge``: refuse a merged weight that is not finite. ``unmerge`` restores the stored
         bits exactly."""
+        if isinstance(adapter_names, str):
+            raise LifecycleError(
+                f"adapter_names should be a list of strings, got {adapter_names!r}."
+            )
         names = self._active if adapter_names is None else adapter_names
-        again = [n for n in names if n in self.merged_adapters]
-        if again:
-            warnings.warn(f"Already merged: {again}. Nothing to do for them.", stacklevel=2)
-        names = [n for n in names if n in self.adapters and n not in self.merged_adapters]
+        left = [n for n in names if n not in self.merged_adapters]
+        if self.merged and left:
+            warnings.warn(
+                f"Already following adapters were merged {','.join(self.merged_adapters)}. You are "
+                f"now additionally merging {','.join(left)}.", stacklevel=2,
+            )  # fmt: skip
+        elif self.merged:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+        names = [n for n in left if n in self.adapters]
         if not names:
             return False
         with torch.no_grad():

@@ -279,6 +279,13 @@ class Adapters:
 
     # queries
 
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of the adapted layers, those of the first adapter first, each once."""
+        root = self.adapter_root
+        found = (p for name in self._configs for p in inject.adapters_of(root, name))
+        return list(dict.fromkeys(found))
+
     def _adapted(self) -> Iterator[tuple[str, Any]]:
         return inject.adapted(self.adapter_root)
 

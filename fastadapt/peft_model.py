@@ -290,9 +290,21 @@ class PeftModel(Adapters, nn.Module):
             cls = _class_for(adapter.config)
         made = cls(model, adapter.config, adapter_name, autocast_adapter_dtype)
         checkpoint.fill(model, adapter, adapter_name)
+        if isinstance(config, AdapterConfig):
+            made._keep(adapter_name, config)
         if not is_trainable:
             made.eval()
         return made
+
+    def _keep(self, name: str, config: AdapterConfig) -> None:
+        """The caller's own object is the adapter's configuration, as it came out of loading."""
+        resolved = self._configs[name]
+        config.__class__ = resolved.__class__
+        vars(config).update(vars(resolved))
+        self._configs[name] = config
+        for adapter in inject.adapters_of(self.adapter_root, name).values():
+            if adapter.config is resolved:
+                adapter.config = config
 
     def __getattr__(self, name: str) -> Any:
         try:

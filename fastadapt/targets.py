@@ -119,16 +119,17 @@ def describe(absent: dict[str, str | None]) -> str:
 def condense(targets: set[str], others: Iterable[str]) -> set[str]:
     """The shortest names whose suffix match selects ``targets`` and none of ``others``; long lists
     only, as in PEFT, so that a config file says q_proj and not 30 paths."""
-    if len(targets) < _MIN_TO_CONDENSE:
-        return targets
-    others = list(others)
+    return targets if len(targets) < _MIN_TO_CONDENSE else shortest(targets, others)
+
+
+def shortest(targets: Iterable[str], others: Iterable[str]) -> set[str]:
+    """The shortest names whose suffix match selects ``targets`` and none of ``others``."""
+    barred = {end for other in others for end in _endings(other)}
     taken: set[str] = set()
-    for path in sorted(targets, key=len):
-        if any(_ends(path, t) for t in taken):
-            continue
-        parts = path.split(".")
-        suffixes = (".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1))
-        taken.add(next(s for s in suffixes if not any(_ends(o, s) for o in others)))
+    for path in sorted(targets, key=lambda p: (len(p), p)):
+        if taken.isdisjoint(_endings(path)):
+            suffixes = list(_endings(path))[::-1]
+            taken.add(next((s for s in suffixes if s not in barred), path))
     return taken
 
 
@@ -142,10 +143,7 @@ class Matcher:
 
     def __call__(self, path: str) -> bool:
         config = self._config
-        if config.exclude_modules and self._hits(config.exclude_modules, path):
-            return False
-        saved = config.modules_to_save or ()
-        if any(self._match(rf"(^|.*\.){m}($|\..*)", path) for m in saved):
+        if self.excludes(path):
             return False
         targets = config.target_modules
         if targets is None or not self._hits(targets, path):
@@ -153,6 +151,14 @@ class Matcher:
         if isinstance(targets, str) or path in targets:
             return True
         return self._layer_chosen(path)
+
+    def excludes(self, path: str) -> bool:
+        """The path is among ``exclude_modules``, or in a module that is trained whole."""
+        config = self._config
+        if config.exclude_modules and self._hits(config.exclude_modules, path):
+            return True
+        saved = config.modules_to_save or ()
+        return any(self._match(rf"(^|.*\.){m}($|\..*)", path) for m in saved)
 
     def _hits(self, names: Any, path: str) -> bool:
         if isinstance(names, str):

@@ -378,7 +378,7 @@ def test_merging_one_then_the_other(door: Door) -> None:
     assert all(layer.merged_adapters == ["default"] for layer in layers(model) if layer.merged)
     model.merge_adapter(adapter_names=["other"])
     testing.check(logits(model), both, exact)
-    with pytest.warns(UserWarning, match="Already merged"):
+    with pytest.warns(UserWarning, match="already merged, nothing to do"):
         model.merge_adapter()
     model.unmerge_adapter()
     assert all(torch.equal(t, before[n]) for n, t in tiny.tensors(model))

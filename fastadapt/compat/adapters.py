@@ -93,13 +93,15 @@ def set_peft_model_state_dict(
     Raises CheckpointError (a RuntimeError) for a shape that differs, unless
     ``ignore_mismatched_sizes``, which warns and leaves that tensor as it is."""
     root, config = root_of(model), _config(model, adapter_name)
-    prefix = "" if _wrapped(model) else slots.PREFIX
-    given = {prefix + k: v for k, v in peft_model_state_dict.items()}
     if low_cpu_mem_usage:
         _materialise(root, adapter_name)
+    own = slots.existing(root, config, adapter_name)
+    # keys of the whole adapter (VeRA's projections) have no path of a module, injected or not
+    whole = {k for k in own if not k.startswith(slots.PREFIX)}
+    prefix = "" if _wrapped(model) else slots.PREFIX
+    given = {k if k in whole else prefix + k: v for k, v in peft_model_state_dict.items()}
     shapes = {k: tuple(v.shape) for k, v in given.items()}
     file = checkpoint.AdapterFile(config, Path("state_dict"), shapes, {}, given)
-    own = slots.existing(root, config, adapter_name)
     known = {**slots.embeddings(root, slots.adapted_paths(root)), **own}
     misshapen = [
         k for k, v in file.held.items()

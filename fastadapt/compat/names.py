@@ -26,6 +26,10 @@ HOMES = {
         "infer_device transpose shift_tokens_right id_tensor_storage _freeze_adapter "
         "get_peft_config get_pattern_key str_to_bool match_target_against_key"
     ),
+    _C + "keys": (
+        "_find_minimal_target_modules _maybe_include_all_linear_layers "
+        "_get_tuner_state_dict_key_prefixes _filter_state_dict_by_key_prefixes"
+    ),
     _C + "status": "get_layer_status get_model_status TunerLayerStatus TunerModelStatus",
     _C + "helpers": (
         "check_if_peft_model rescale_adapter_scale disable_input_dtype_casting DoraCaching "
@@ -127,8 +131,8 @@ LATER = (
     "register_peft_method "
     "starcoder_model_postprocess_past_key_value check_adapters_to_merge _get_batch_size "
     "_get_input_embeddings_name _is_valid_match _prepare_prompt_learning_config _set_trainable "
-    "_get_no_split_modules _get_module_names_tied_with_embedding _find_minimal_target_modules "
-    "_maybe_include_all_linear_layers get_gptqmodel_quant_linear get_quantization_config "
+    "_get_no_split_modules _get_module_names_tied_with_embedding "
+    "get_gptqmodel_quant_linear get_quantization_config "
     "get_quantization_kwargs map_cache_to_layer_device_map quantization_extra_repr "
     "resolve_quantization_backend set_additional_trainable_modules onload_layer clone_module "
     "replicate_layers find_parameter_name_by_module get_device_map BasePromptEncoder BufferDict "
@@ -146,8 +150,7 @@ LATER = (
     "ShadowCache ShadowCarrier DetachedShadowModel MontecloraSampler BufferedMontecloraSampler "
     "QuantizationBackend Bnb4bitBackend Bnb8bitBackend ForwardOnlyQuantizationBackend "
     "TorchaoBackend HqqBackend IncrementalPCA KasaLinearVariant VeloraFunction preprocess_corda "
-    "reduce_intruder_dimension _LoraFactorsProxy _filter_state_dict_by_key_prefixes "
-    "_get_tuner_state_dict_key_prefixes"
+    "reduce_intruder_dimension _LoraFactorsProxy"
 )
 _LATER = frozenset(LATER.split())
 

@@ -5,6 +5,7 @@ AdaptedLayer for its methods, its kind and its format. None of them has an insta
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import nn
@@ -87,6 +88,11 @@ class _ModelQuestion(_Question):
             return method.prefix if name == "prefix" else dict(method.Config.default_targets)
         if name == "tuner_layer_cls":
             return BaseTunerLayer
+        if name == "uses_shared_state":
+            # shared tensors belong to the layers, so that injection works without a wrapper
+            return False
+        if name == "get_model_config":
+            return BaseTuner.get_model_config
         raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
 
     def __call__(
@@ -107,6 +113,17 @@ class BaseTuner(metaclass=_ModelQuestion):
     """Any ``base_model`` of a PeftModel."""
 
     peft_type = None
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The model's config as a dict; that of a "custom" model where it has none."""
+        config: Any = getattr(model, "config", {"model_type": "custom"})
+        if hasattr(config, "to_dict"):
+            config = config.to_dict()
+        found: dict[str, Any] = (
+            dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # type: ignore[arg-type]
+        )
+        return found
 
 
 def layer_class(name: str, peft_type: str, package: str) -> Any:
