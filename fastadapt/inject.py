@@ -183,7 +183,7 @@ def _resolved(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     if wanted is None and not getattr(config, "target_parameters", None):
         wanted = config.default_targets_in(model)
         wanted = wanted if isinstance(wanted, str) else set(wanted)
-    elif isinstance(wanted, str) and wanted.lower() == targets.ALL_LINEAR:
+    if isinstance(wanted, str) and wanted.lower() == targets.ALL_LINEAR:
         paths = all_linear(model)
         others = [p for p, _ in targets.walk(model) if p not in paths]
         wanted = targets.condense(paths, others)

@@ -91,7 +91,22 @@ class Tuner(Adapters, nn.Module):
         except AttributeError:
             if name == "model":
                 raise
-            return getattr(self.model, name)
+            try:
+                return getattr(self.model, name)
+            except AttributeError:
+                shared = self._shared(name)
+                if shared is None:
+                    raise
+                return shared
+
+    def _shared(self, name: str) -> Any:
+        """The holder, by adapter, of a tensor that the layers share and PEFT keeps here."""
+        for _, layer in self._adapted():
+            if name in getattr(layer, "adapter_layer_names", ()):
+                owners = [a for n, a in layer.adapters.items() if n in getattr(layer, name)]
+                if any((a.file_key(name, "") or "").startswith("/") for a in owners):
+                    return getattr(layer, name)
+        return None
 
 
 class PeftModel(Adapters, nn.Module):

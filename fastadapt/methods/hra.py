@@ -85,8 +85,9 @@ class HRA(Adapter):
         return base(x.to(kind) + low_rank(x, u.t(), ut, -1.0, compute=kind, out=kind))
 
     def _chain(self) -> tuple[Tensor, Tensor]:
-        """(U, U T), unit columns: the chain is I - U T U^T."""
+        """(U, U T), unit columns: the chain is I - U T U^T. No solver takes half precision."""
         u: Tensor = self["hra_u"]
+        u = u.float() if u.element_size() < 4 else u
         u = u / u.norm(dim=0)
         gram = u.t() @ u
         eye = torch.eye(u.shape[1], dtype=u.dtype, device=u.device)

@@ -23,7 +23,7 @@ from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError
 from fastadapt.methods.pair import PairAdapter
 from fastadapt.methods.projection import size
-from fastadapt.targets import matches_within
+from fastadapt.targets import ALL_LINEAR, DEFAULT_TARGETS, matches_within, model_type
 
 _LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
 _BY_TARGET: tuple[tuple[list[str], str], ...] = (
@@ -64,6 +64,11 @@ class OSFConfig(AdapterConfig):
                     "`effective_rank` should be a positive integer value but the value passed is "
                     f"{rank}"
                 )
+
+    def default_targets_in(self, model: Any) -> list[str] | str:
+        """All linear layers where the model's type has no default."""
+        known = model_type(model) in self.default_targets
+        return super().default_targets_in(model) if known else ALL_LINEAR
 
     def at(self, path: str) -> OSFConfig:
         """A pattern may match anywhere in the path."""

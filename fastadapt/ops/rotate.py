@@ -40,8 +40,10 @@ def cayley(q: Tensor, terms: int | None = None) -> Tensor:
     """R - I of R = (I - Q) (I + Q)^-1, for skew-symmetric Q: (g, s, s) -> (g, s, s).
 
     terms: PEFT's truncated Neumann series instead, I + 2 Q + .. + 2 Q^(terms-2) + Q^(terms-1); it
-    turns the other way."""
+    turns the other way. For half precision the solve and its result are float32, which LAPACK and
+    cuSOLVER need."""
     if terms is None:
+        q = q.float() if q.element_size() < 4 else q
         eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
         # I + Q is never singular, so nothing is checked, which would make a GPU wait
         solved: Tensor = torch.linalg.solve_ex(eye + q, -2 * q, left=False)[0]
