@@ -23,7 +23,7 @@ from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError
 from fastadapt.methods.pair import PairAdapter
 from fastadapt.methods.projection import size
-from fastadapt.targets import ALL_LINEAR, DEFAULT_TARGETS, matches_within, model_type
+from fastadapt.targets import ALL_LINEAR, matches_within, model_type
 
 _LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
 _BY_TARGET: tuple[tuple[list[str], str], ...] = (
