@@ -241,6 +241,9 @@ class AdapterConfig(PeftConfig):
     default_targets: ClassVar[Mapping[str, list[str] | str]] = DEFAULT_TARGETS
     """Model type -> target_modules when None is given."""
 
+    repeats_targets: ClassVar[bool] = False
+    """Another field repeats target names, so that a long list of them is not shortened."""
+
     def default_targets_in(self, model: Any) -> list[str] | str:
         """``target_modules`` when None is given; TargetError for a type without a default."""
         return default_targets(model, self.default_targets)

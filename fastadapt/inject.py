@@ -190,7 +190,7 @@ def _resolved(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     elif isinstance(wanted, set):
         names = [p for p, _ in targets.walk(model)]
         exact = {p for p in names if any(p == t or p.endswith("." + t) for t in wanted)}
-        if len(wanted) >= 20 and exact:
+        if len(wanted) >= 20 and exact and not config.repeats_targets:
             wanted = targets.condense(wanted, [p for p in names if p not in exact])
     new = dataclasses.replace(config, target_modules=wanted)
     new = new.for_model(targets.model_type(model))

@@ -144,18 +144,35 @@ class Adapters:
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The base model inside the ``with``; trainability and the active set are untouched."""
-        layers = [layer for _, layer in self._adapted()]
-        before = [layer.disable_adapters for layer in layers]
-        for layer in layers:
-            layer.enable_adapters(False)
+        """The base model inside the ``with``; trainability and the active set are untouched.
+
+        A model whose layers were all off stays off after it. Where some were on and some off there
+        is a warning, and all are on after it."""
+        before = {layer.disable_adapters for _, layer in self._adapted()}
+        if len(before) > 1:
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are "
+                "disabled. This is most likely unintentional. After exiting the disable_adapter "
+                "context, all adapters will be enabled", stacklevel=3,
+            )  # fmt: skip
+        if before != {True}:
+            self.disable_adapter_layers()
         try:
             yield
         finally:
-            for layer, disabled in zip(layers, before, strict=True):
-                layer.enable_adapters(not disabled)
+            if before != {True}:
+                self.enable_adapter_layers()
 
     def disable_adapter_layers(self) -> None:
+        """Every adapter off. Warns where biases of the base are trained, which stay changed."""
+        for name in self._active_names():
+            mode = getattr(self._configs.get(name), "bias", "none")
+            if mode != "none":
+                warnings.warn(
+                    f"Careful, disabling adapter layers with bias configured to be '{mode}' does "
+                    "not produce the same output as the base model would without adaption.",
+                    stacklevel=3,
+                )
         for _, layer in self._adapted():
             layer.enable_adapters(False)
 

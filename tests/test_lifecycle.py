@@ -304,6 +304,25 @@ def test_disabling_nests_and_survives_errors(door: Door) -> None:
 
 
 @both_doors
+def test_disabling_a_mixed_state_warns_and_enables_all_afterwards(door: Door) -> None:
+    model = adapted(door)
+    layers(model)[0].enable_adapters(False)
+    with (
+        pytest.warns(UserWarning, match="some adapter layers that are enabled"),
+        model.disable_adapter(),
+    ):
+        assert all(layer.disable_adapters for layer in layers(model))
+    assert not any(layer.disable_adapters for layer in layers(model))
+
+
+@both_doors
+def test_disabling_warns_where_biases_were_trained(door: Door) -> None:
+    model = adapted(door, "gpt2", bias="all", target_modules=["c_attn"])
+    with pytest.warns(UserWarning, match="bias configured to be 'all'"), model.disable_adapter():
+        pass
+
+
+@both_doors
 def test_disabling_a_merged_model(door: Door) -> None:
     model = adapted(door)
     model.merge_adapter()

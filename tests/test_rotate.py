@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fastadapt.ops.rotate import cayley, rotate
@@ -30,3 +31,12 @@ def test_cayley_is_its_definition_and_the_series_turns_the_other_way() -> None:
     assert (turned @ turned.mT - eye).abs().max() < 50 * 2**-53
     norm = float(torch.linalg.matrix_norm(q, 2).max())
     assert (cayley(q, 6) + eye - exact.mT).abs().max() < 2 * norm**5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cayley_of_half_precision_is_that_of_the_same_numbers_in_float32(
+    dtype: torch.dtype,
+) -> None:
+    skew = torch.randn(2, 5, 5, generator=torch.Generator().manual_seed(1)) / 40
+    q = (skew - skew.mT).to(dtype)
+    assert torch.equal(cayley(q), cayley(q.float()))

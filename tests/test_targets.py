@@ -205,3 +205,46 @@ def test_rank_of_a_pattern_is_the_first_that_matches() -> None:
     }  # fmt: skip
     assert model.layers[1]["o_proj"].scaling["default"] == 12 / 4
     assert isinstance(model.layers[0]["q_proj"].lora_A["default"].weight, torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"target_modules": r".*fc.*", "exclude_modules": r".*"}, "All modules were excluded"),
+        ({"target_modules": ["fc1"], "exclude_modules": ["fc1"]}, "No modules were targeted"),
+        ({"target_modules": ["absent"], "modules_to_save": ["fc1"]}, "No modules were targeted"),
+        ({"target_modules": ["absent"]}, "not found in the base model"),
+    ],
+)
+def test_the_error_says_what_took_the_targets_away(fields: Any, said: str) -> None:
+    model = nn.ModuleDict({"fc1": nn.Linear(3, 5), "fc2": nn.Linear(5, 3)})
+    with pytest.raises(TargetError, match=said):
+        fastadapt.get_peft_model(model, fastadapt.LoraConfig(**fields))
+
+
+def test_an_exclusion_in_vain_warns_and_targets_are_told_once_in_their_order() -> None:
+    model = nn.ModuleDict({"fc1": nn.Linear(3, 5), "fc2": nn.Linear(5, 3)})
+    config = fastadapt.LoraConfig(target_modules=["fc2"], exclude_modules=["absent"])
+    with pytest.warns(UserWarning, match="no modules were excluded"):
+        made = fastadapt.get_peft_model(model, config)
+    made.add_adapter("other", fastadapt.LoraConfig(target_modules=["fc1", "fc2"]))
+    assert made.targeted_module_names == ["fc2", "fc1"]
+
+
+def test_long_target_lists_of_ia3_keep_their_feedforward_modules(tmp_path: Any) -> None:
+    """Shortened targets would no longer hold the names that feedforward_modules repeats."""
+
+    def model() -> nn.Module:
+        return nn.ModuleDict({f"b{i}": nn.ModuleDict({"up": nn.Linear(3, 3)}) for i in range(21)})
+
+    names = [f"b{i}.up" for i in range(21)]
+    config = fastadapt.IA3Config(target_modules=names, feedforward_modules=names)
+    fastadapt.get_peft_model(model(), config).save_pretrained(tmp_path)
+    loaded = fastadapt.PeftModel.from_pretrained(model(), tmp_path)
+    assert loaded.targeted_module_names == names
+
+
+def test_osf_without_targets_adapts_all_linear_layers_of_any_model() -> None:
+    model = nn.ModuleDict({"fc1": nn.Linear(3, 5), "norm": nn.LayerNorm(5)})
+    made = fastadapt.get_peft_model(model, fastadapt.OSFConfig())
+    assert made.targeted_module_names == ["fc1"]

@@ -64,6 +64,7 @@ class IA3Config(AdapterConfig):
     init_ia3_weights: bool = True
 
     without = ("layers_to_transform", "layers_pattern")
+    repeats_targets = True
     default_targets = {k: names for k, (names, _) in _TARGETS.items()}  # noqa: RUF012
     feedforward = False
     """Here, on this layer: set by ``at``."""
