@@ -61,6 +61,11 @@ _NAMES = {
     "fastadapt.methods.glora": "GloraConfig",
     "fastadapt.methods.peanut": "PeanutConfig",
     "fastadapt.methods.lily": "LilyConfig",
+    "fastadapt.methods.unbuilt": (
+        "PromptLearningConfig PromptTuningConfig MultitaskPromptTuningConfig PromptEncoderConfig "
+        "PrefixTuningConfig CartridgeConfig CPTConfig AdaptionPromptConfig PolyConfig ShadowConfig "
+        "XLoraConfig PromptTuningInit MultitaskPromptTuningInit PromptEncoderReparameterizationType"
+    ),
     "fastadapt.optimizers": (
         "create_loraplus_optimizer create_lorafa_optimizer create_riemannian_optimizer"
     ),

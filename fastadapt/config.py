@@ -185,7 +185,7 @@ class PeftConfig:
         """The configuration in a file, of any PEFT release."""
         values = cls.from_json_file(path)
         if values.get("peft_type") is not None:
-            values = registry.method_of(values["peft_type"]).Config.of_earlier(values)
+            values = registry.config_of(values["peft_type"]).of_earlier(values)
         return cls.from_peft_type(**values)
 
     @classmethod
@@ -194,7 +194,7 @@ class PeftConfig:
 
         Fields of a newer PEFT are left out with a warning, as PEFT does."""
         peft_type = kwargs.get("peft_type")
-        target = cls if peft_type is None else registry.method_of(peft_type).Config
+        target = cls if peft_type is None else registry.config_of(peft_type)
         known = target.known_fields()
         unknown = sorted(set(kwargs) - known)
         if unknown:

@@ -19,7 +19,7 @@ from fastadapt.errors import (
     FastAdaptWarning,
     UnsupportedError,
 )
-from fastadapt.methods import METHODS
+from fastadapt.methods import METHODS, UNBUILT, config_of
 from fastadapt.methods.lora import MAX_RANK
 from tests import tiny
 
@@ -239,3 +239,31 @@ def test_any_json_is_no_config(tmp_path: Path) -> None:
 def test_adaloras_r_is_not_used_and_says_so() -> None:
     with pytest.warns(FastAdaptWarning, match="`r` is not used in AdaLora"):
         fastadapt.AdaLoraConfig(r=10, total_step=1)
+
+
+@pytest.mark.parametrize("peft_type", sorted(UNBUILT))
+def test_configs_of_methods_that_are_not_built(peft_type: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    cls = config_of(peft_type)
+    needed = {"CPT": {"task_type": "CAUSAL_LM"}, "XLORA": {"hidden_size": 8, "adapters": {}}}
+    config = cls(**needed.get(peft_type, {}))
+    theirs = getattr(peft, cls.__name__)(**needed.get(peft_type, {}))
+    assert config.to_dict() == theirs.to_dict()
+    config.save_pretrained(tmp_path)
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert (type(again), again.to_dict()) == (cls, config.to_dict())
+    assert again.is_prompt_learning == theirs.is_prompt_learning
+    with pytest.raises(UnsupportedError, match=peft_type):
+        fastadapt.get_peft_model(tiny.model(), config)
+
+
+def test_clashes_in_the_configs_of_prompts() -> None:
+    for values in ({}, {"tokenizer_name_or_path": "t"}):
+        with pytest.raises(ConfigError, match="prompt_tuning_init='TEXT'"):
+            fastadapt.PromptTuningConfig(prompt_tuning_init="TEXT", **values)
+    with pytest.raises(ConfigError, match="only supports task_type"):
+        fastadapt.CPTConfig()
+    with pytest.raises(ConfigError, match="must be <= `num_virtual_tokens`"):
+        fastadapt.CartridgeConfig(num_virtual_tokens=2, num_frozen_tokens=3)
+    with pytest.raises(ConfigError, match="same length"):
+        fastadapt.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[1, 2], cpt_mask=[1])

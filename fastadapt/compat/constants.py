@@ -12,7 +12,7 @@ import torch
 
 from fastadapt.compat.names import TUNERS, find
 from fastadapt.config import CONFIG_NAME, PeftType
-from fastadapt.methods import METHODS, method_of
+from fastadapt.methods import METHODS, config_of, method_of
 
 __all__ = ["CONFIG_NAME"]
 
@@ -65,7 +65,7 @@ def _at_least(package: str, major: int, minor: int = 0) -> bool:
 
 def __getattr__(name: str) -> Any:
     if name == "PEFT_TYPE_TO_CONFIG_MAPPING":
-        return {PeftType(t): method_of(t).Config for t in METHODS}
+        return {t: config_of(t) for t in PeftType}
     if name == "PEFT_TYPE_TO_PREFIX_MAPPING":
         return {PeftType(t): method_of(t).prefix for t in METHODS}
     if name in ("PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING"):

@@ -61,7 +61,7 @@ HOMES = {
     ),
     "fastadapt.modules_to_save": "ModulesToSaveWrapper",
     "fastadapt.errors": "PeftError NoMatchingPeftModuleError PeftWarning",
-    "fastadapt.config": "PeftConfigMixin PromptLearningConfig",
+    "fastadapt.config": "PeftConfigMixin",
 }
 _HOME = {name: module for module, names in HOMES.items() for name in names.split()}
 

@@ -71,3 +71,26 @@ def method_of(peft_type: Any) -> type[Adapter]:
         raise ConfigError(f"expected a peft_type, one of {sorted(METHODS)}, got {name!r}{hint}")
     module, _, cls = METHODS[name].partition(":")
     return getattr(import_module(f"fastadapt.methods.{module}"), cls)  # type: ignore[no-any-return]
+
+
+UNBUILT = {
+    "PROMPT_TUNING": "PromptTuning",
+    "MULTITASK_PROMPT_TUNING": "MultitaskPromptTuning",
+    "P_TUNING": "PromptEncoder",
+    "PREFIX_TUNING": "PrefixTuning",
+    "CARTRIDGE": "Cartridge",
+    "CPT": "CPT",
+    "ADAPTION_PROMPT": "AdaptionPrompt",
+    "POLY": "Poly",
+    "SHADOW": "Shadow",
+    "XLORA": "XLora",
+}
+"""PEFT's type of a method that is not built yet -> stem of its configuration."""
+
+
+def config_of(peft_type: Any) -> Any:
+    """The configuration class that a ``peft_type`` names, of a method that is built or not."""
+    name = str(getattr(peft_type, "value", peft_type))
+    if name in UNBUILT and name not in METHODS:
+        return getattr(import_module("fastadapt.methods.unbuilt"), f"{UNBUILT[name]}Config")
+    return method_of(peft_type).Config
