@@ -33,6 +33,10 @@ class UnsupportedError(FastAdaptError, ValueError, NotImplementedError):
     """A combination that cannot be (VeRA on a convolution) or is not built yet, by name."""
 
 
+class ModuleTypeError(UnsupportedError, TypeError):
+    """A module of a type that cannot be adapted or trained whole, such as a ModuleList."""
+
+
 NoMatchingPeftModuleError = TargetError
 
 

@@ -20,7 +20,13 @@ from fastadapt import targets
 from fastadapt.adapter import Adapter, Part
 from fastadapt.base import FrozenLayer, hold_weights
 from fastadapt.config import AdapterConfig, TaskType
-from fastadapt.errors import FastAdaptWarning, LifecycleError, TargetError, UnsupportedError
+from fastadapt.errors import (
+    FastAdaptWarning,
+    LifecycleError,
+    ModuleTypeError,
+    TargetError,
+    UnsupportedError,
+)
 from fastadapt.kinds import kind_of
 from fastadapt.layer import AdaptedLayer, warn_low_precision
 from fastadapt.methods import method_of
@@ -248,7 +254,12 @@ def _refuse_changes(modules: dict[str, Any], adapters: dict[str, Adapter]) -> No
 
 
 def _refuse_whole(path: str, module: nn.Module) -> None:
-    """Training a module whole needs floating-point weights and no adapters inside."""
+    """Training a module whole needs a forward, floating-point weights and no adapters inside."""
+    if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+        raise ModuleTypeError(
+            f"modules_to_save cannot be applied to modules of type {type(module)}, which are not "
+            f"called themselves; name the modules in {path}"
+        )
     quantised = [n for n, p in module.named_parameters() if not p.is_floating_point()]
     if quantised and not isinstance(module, ModulesToSaveWrapper):
         raise UnsupportedError(

@@ -77,6 +77,11 @@ class Tuner(Adapters, nn.Module):
 
         return monteclora_loss(self._named(adapter_names))
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        from fastadapt.compat.tied import _get_module_names_tied_with_embedding
+
+        return _get_module_names_tied_with_embedding(self)
+
     def _named(self, names: str | list[str] | None) -> list[Any]:
         names = self._active_names() if names is None else names
         names = [names] if isinstance(names, str) else names

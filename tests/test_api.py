@@ -21,6 +21,7 @@ from fastadapt.errors import (
     LifecycleError,
     UnsupportedError,
 )
+from tests import tiny
 
 peft = pytest.importorskip("peft")
 
@@ -270,3 +271,23 @@ def test_what_get_peft_model_changes_in_a_config_is_said() -> None:
     for text in ("renamed from 'there' to 'None'", "overwriting with revision v2", "the prefix"):
         assert any(text in s for s in said), text
     assert (config.base_model_name_or_path, config.revision) == (None, "v2")
+
+
+def test_modules_tied_with_the_embedding() -> None:
+    pefts = importlib.import_module("fastadapt.utils.other")
+    net: Any = tiny.model("tied")
+    assert pefts._get_module_names_tied_with_embedding(net) == ["lm_head"]
+    assert pefts._get_no_split_modules(net) == set(net._no_split_modules)
+    model = fastadapt.get_peft_model(net, lora(target_modules=["q_proj", "embed_tokens"]))
+    assert model._get_module_names_tied_with_embedding() == ["lm_head"]
+    net.config.tie_word_embeddings = False
+    assert pefts._get_module_names_tied_with_embedding(model) == []
+    assert pefts._get_module_names_tied_with_embedding(Net()) == []
+
+
+@pytest.mark.parametrize("kind", [nn.ModuleList, nn.ParameterList])
+def test_a_container_is_not_trained_whole(kind: type[nn.Module]) -> None:
+    net = Net()
+    net.held = kind([nn.Linear(2, 2) if kind is nn.ModuleList else nn.Parameter(torch.ones(2))])
+    with pytest.raises(TypeError, match="modules_to_save cannot be applied to modules of type"):
+        fastadapt.get_peft_model(net, lora(modules_to_save=["held"]))

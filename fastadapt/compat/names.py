@@ -35,6 +35,7 @@ HOMES = {
         "check_if_peft_model rescale_adapter_scale disable_input_dtype_casting DoraCaching "
         "update_forward_signature update_generate_signature update_signature"
     ),
+    _C + "tied": "_get_module_names_tied_with_embedding _get_no_split_modules",
     _C + "hotswap": (
         "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap "
         "check_hotswap_configs_compatible"
