@@ -65,7 +65,7 @@ class ModulesToSaveWrapper(nn.Module):
         present = [n for n in names if n in self.modules_to_save]
         if len(present) > 1:
             raise LifecycleError(
-                f"Only one adapter can be set at a time for modules_to_save, got {present}"
+                f"Only one adapter can be set at a time for ModulesToSaveWrapper, got {present}"
             )
         return present
 

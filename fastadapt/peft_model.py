@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastadapt import checkpoint, inject
 from fastadapt.config import AdapterConfig, TaskType, as_config
 from fastadapt.errors import FastAdaptWarning, LifecycleError
-from fastadapt.methods import method_of
+from fastadapt.methods import METHODS, method_of
 from fastadapt.model import Adapters
 
 
@@ -414,7 +414,8 @@ def _warn_changes(
             f"peft config has already set base model revision to {config.revision}, overwriting "
             f"with revision {revision}"
         )
-    prefix = method_of(config.peft_type).prefix
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    prefix = method_of(kind).prefix if kind in METHODS else ""
     if adapter_name in prefix:
         said.append(
             f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. "

@@ -291,3 +291,9 @@ def test_a_container_is_not_trained_whole(kind: type[nn.Module]) -> None:
     net.held = kind([nn.Linear(2, 2) if kind is nn.ModuleList else nn.Parameter(torch.ones(2))])
     with pytest.raises(TypeError, match="modules_to_save cannot be applied to modules of type"):
         fastadapt.get_peft_model(net, lora(modules_to_save=["held"]))
+
+
+def test_a_mixed_model_refuses_prompts_by_name() -> None:
+    config = fastadapt.PrefixTuningConfig(num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="'PREFIX_TUNING' is not compatible with the `PeftMixed"):
+        fastadapt.get_peft_model(Net(), config, mixed=True)

@@ -47,7 +47,12 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 @contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Inputs are not cast to the dtype of the adapter's weights inside the ``with``."""
+    """Inputs are not cast to the dtype of the adapter's weights inside the ``with``.
+
+    That is how fastadapt's own LoRA on a linear layer always is: its factors take the dtype that
+    the input computes in. Layers that PEFT made and ``patch`` runs obey the switch; other layers
+    of fastadapt (convolutions, embeddings) cast the adapter's input either way, and their result
+    has the base's dtype."""
     layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)] if active else []
     before = [layer.cast_input_dtype_enabled for layer in layers]
     for layer in layers:
