@@ -199,7 +199,7 @@ def test_a_second_adapter_that_cannot_be_leaves_the_model_alone(door: Door) -> N
     with pytest.raises(fastadapt.TargetError):
         model.add_adapter("other", config(target_modules=["nowhere"]))
     with pytest.raises(fastadapt.UnsupportedError):
-        model.add_adapter("other", config(use_qalora=True))
+        model.add_adapter("other", config(arrow_config={"top_k": 1}))
     tiny.assert_same(model, before)
     assert list(model.peft_config) == ["default"]
     assert torch.equal(logits(model), active)
