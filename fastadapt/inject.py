@@ -112,7 +112,7 @@ def attach(model: nn.Module, made: Plan, name: str, *, autocast_adapter_dtype: b
         _place(adapter, layer.frozen, widen, placed)
         layer.add(name, adapter)
         adapter.start(layer.frozen)
-        layer.set_adapter(active, inference_mode=made.config.inference_mode)
+        layer.admit(name, active, name in active and not made.config.inference_mode)
     for path in made.saved:
         wrapper = layers.get(path) or _replace(model, path, ModulesToSaveWrapper)
         wrapper.add(name)

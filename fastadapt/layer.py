@@ -147,6 +147,11 @@ class AdaptedLayer(nn.Module):
         for name in self.adapters:
             self._set_requires_grad(name, name in names and not inference_mode)
 
+    def admit(self, name: str, active: Sequence[str], trainable: bool) -> None:
+        """The model's active adapters, with the new one of this name; others stay as they are."""
+        self._active = list(active)
+        self._set_requires_grad(name, trainable)
+
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:

@@ -99,7 +99,8 @@ class Adapters:
         if kwargs.get("key_mapping") is None:
             kwargs["key_mapping"] = getattr(root, "_checkpoint_conversion_mapping", None)
         adapter = checkpoint.open_adapter(model_id, **kwargs)
-        if adapter_name not in self._configs:
+        new = adapter_name not in self._configs
+        if new:
             config = adapter.config
             config.inference_mode = not is_trainable
             self._check_new(adapter_name, config)
@@ -109,6 +110,9 @@ class Adapters:
         else:
             report = checkpoint.check(root, adapter, strict=strict, name=adapter_name, **loose)
         checkpoint.fill(root, adapter, adapter_name)
+        if is_trainable and new:
+            # asked for by name, so also while another adapter is the active one
+            self.set_requires_grad(adapter_name)
         if not is_trainable:
             self.eval()  # type: ignore[attr-defined]
         return report

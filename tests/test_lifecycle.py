@@ -323,6 +323,17 @@ def test_disabling_warns_where_biases_were_trained(door: Door) -> None:
 
 
 @both_doors
+def test_loading_leaves_other_adapters_trainability_alone(door: Door, tmp_path: Any) -> None:
+    model = adapted(door)
+    model.save_pretrained(tmp_path)
+    before = trainable(model)
+    model.load_adapter(tmp_path, "frozen")
+    assert trainable(model) == before
+    model.load_adapter(tmp_path, "trained", is_trainable=True)
+    assert trainable(model) == before | {n.replace(".default", ".trained") for n in before}
+
+
+@both_doors
 def test_disabling_a_merged_model(door: Door) -> None:
     model = adapted(door)
     model.merge_adapter()
