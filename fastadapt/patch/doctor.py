@@ -18,6 +18,7 @@ from fastadapt.ops import (  # noqa: F401 (registers the ops)
     nf4,
     rotate,
     row_norm,
+    scale,
 )
 from fastadapt.ops.bits import Nf4, flatten
 from fastadapt.ops.dispatch import IMPLEMENTATIONS, OPS, Op, triton_state, use
@@ -182,6 +183,8 @@ def _cases(device: torch.device) -> dict[str, tuple[Any, ...]]:
         "low_rank_mixed_fwd": (x, None, *pairs, n, *rows, index, f32, f32, *weight),
         "low_rank_mixed_bwd": (g, x, u, *pairs, *rows, index, f32, True, [True] * 4, *weight),
         "row_norm": (a, b, 0.5, *weight),
+        "scale_fwd": (x, normal(k), normal(k), normal(m, k), 1),
+        "scale_bwd": (normal(m, k), x, normal(k), 1, True, True),
         "rotate_fwd": (x, turn, False, f32),
         "rotate_bwd": (x, normal(m, k), turn),
     }
