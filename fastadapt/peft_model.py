@@ -297,7 +297,10 @@ class PeftModel(Adapters, nn.Module):
 
         Everything is checked before the model is touched: CheckpointError lists every problem;
         ``strict=False`` warns and loads what fits. ``is_trainable=False`` loads it frozen."""
-        kwargs.pop("low_cpu_mem_usage", None), kwargs.pop("ephemeral_gpu_offload", None)
+        kwargs.pop("low_cpu_mem_usage", None)
+        if kwargs.pop("ephemeral_gpu_offload", False):
+            text = "ephemeral_gpu_offload=True has no effect: files load to the base's device"
+            warnings.warn(text, FastAdaptWarning, stacklevel=2)
         mismatched = bool(kwargs.pop("ignore_mismatched_sizes", False))
         if kwargs.get("key_mapping") is None:
             kwargs["key_mapping"] = getattr(model, "_checkpoint_conversion_mapping", None)

@@ -50,9 +50,20 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 @dataclass
 class LoraRuntimeConfig:
-    """Options that are never saved."""
+    """Options that are never saved.
+
+    ephemeral_gpu_offload: accepted with a warning; starts are computed where the weights are."""
 
     ephemeral_gpu_offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ephemeral_gpu_offload:
+            warnings.warn(
+                "ephemeral_gpu_offload=True has no effect in fastadapt: starts are computed on the "
+                "device of the base's weights; move the model to a GPU for faster ones",
+                FastAdaptWarning,
+                stacklevel=3,
+            )
 
 
 @dataclass
