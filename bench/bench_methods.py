@@ -4,11 +4,15 @@
     python bench/bench_methods.py --quick                   # two layers, to see that it runs
     python bench/bench_methods.py --methods psoft osf ...   # 8 layers of SmolLM2-135M's shapes
     python bench/bench_methods.py --device cuda             # Llama-3.2-3B's shapes, 4 x 768
+    python bench/methods_table.py                           # results into docs/methods.md
 
 The decoder alone (no head, no loss over a vocabulary), random weights, dense; adapters on q_proj
 and v_proj, which are PEFT's defaults; forward, backward and SGD. LoRA has r = 32, a method its
-defaults. The contenders of one method take turns in one process, one step each a round, after one
-step that is not counted. ``--out`` adds to the rows that the file has.
+defaults. The contenders of one method take turns in one process, one step each a round and PEFT
+every other round, after one step that is not counted and one whose memory is. A ratio is the
+median over rounds of two neighbours' times, so that a slow minute of the machine hits both.
+Peak memory is what the model's tensors take and the most that a step has allocated beside them.
+``--out`` adds to the rows that the file has.
 """
 
 from __future__ import annotations
@@ -19,7 +23,6 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +39,31 @@ SHAPES = {
 }  # fmt: skip
 """Name -> layers, hidden size, feed-forward size, heads, key and value heads."""
 
+LORA = {"r": 32, "lora_alpha": 64}
 FIELDS: dict[str, dict[str, Any]] = {
-    "LORA": {"r": 32, "lora_alpha": 64},
+    "LORA": LORA,
     "ADALORA": {"init_r": 32, "target_r": 16, "total_step": 1000},
     "LOHA": {"r": 32}, "LOKR": {"r": 32}, "HIRA": {"r": 32}, "DELORA": {"r": 32},
     "DEFT": {"r": 32}, "OSF": {"effective_rank": 128}, "C3A": {"block_size": 64},
     "FROD": {"progressbar": False}, "IA3": {"feedforward_modules": []},
     "VBLORA": {"vector_length": 64},
+    "LN_TUNING": {"target_modules": ["input_layernorm"]},
+    "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": [1, 2, 3]},
 }  # fmt: skip
 """Fields that are not a method's defaults: LoRA's rank where a rank can be chosen, sizes that
 divide 576, and what a method asks for."""
 
-SEVERAL = {
-    "dora": ("LORA", {"r": 32, "lora_alpha": 64, "use_dora": True}),
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name.lower(): (name, FIELDS.get(name, {})) for name in METHODS},
+    "dora": ("LORA", {**LORA, "use_dora": True}),
+    "qalora": ("LORA", {**LORA, "use_qalora": True, "qalora_group_size": 16}),
+    "kasa": ("LORA", {**LORA, "kasa_config": {}}),
+    "boft_wide": ("BOFT", {"boft_block_size": 8, "boft_n_butterfly_factor": 3}),
+    "loha_8": ("LOHA", {"r": 8}),
+    "miss_bat": ("MISS", {"init_weights": "bat"}),
+    "waveft_sym4": ("WAVEFT", {"wavelet_family": "sym4"}),
+    "fourierft_5000": ("FOURIERFT", {"n_frequency": 5000}),
+    "waveft_5000": ("WAVEFT", {"n_frequency": 5000}),
 }
 """Row -> (peft_type, fields)."""
 
@@ -57,46 +71,18 @@ SEVERAL = {
 def main() -> None:
     options = arguments()
     warnings.simplefilter("ignore")
-    done: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
     if options.out and options.out.exists():
-        done = json.loads(options.out.read_text())["rows"]
-    for row in options.methods or [r for r in SEVERAL if r != "lora"]:
-        done[row] = measured(row, options)
-        print(line(row, done[row]), flush=True)
+        rows = json.loads(options.out.read_text())["rows"]
+    lora = Step(ours("lora", options), options)
+    for row in options.methods or [r for r in ROWS if r != "lora"]:
+        rows[row] = measured(row, lora, options)
+        print(line(row, rows[row]), flush=True)
         if options.out:
             facts = {"machine": machine(torch.device(options.device)), "shapes": options.shapes,
-                     "batch": options.batch, "length": options.length, "rows": done}  # fmt: skip
+                     "batch": options.batch, "length": options.length, "rows": rows}  # fmt: skip
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(facts, indent=1) + "\n")
-
-
-def measured(row: str, options: Any) -> dict[str, Any]:
-    """Every sample of one method's contenders."""
-    makers: dict[str, Callable[[], Any]] = {
-        "lora": lambda: ours("lora", options), "ours": lambda: ours(row, options),
-        "peft": lambda: theirs(row, options),
-    }  # fmt: skip
-    steps: dict[str, Any] = {}
-    reasons = {}
-    for who, make in makers.items():
-        try:
-            steps[who] = Step(make(), options)
-            steps[who]()
-        except Exception as error:
-            reasons[who] = f"{type(error).__name__}: {error}"[:200]
-            steps.pop(who, None)
-    found: dict[str, Any] = {"reasons": reasons} if reasons else {}
-    memory = {who: step.memory() for who, step in steps.items()}
-    times: dict[str, list[float]] = {who: [] for who in steps}
-    for i in range(options.rounds):
-        order = list(steps)
-        for who in order if i % 2 == 0 else reversed(order):
-            times[who].append(steps[who]())
-    for who in steps:
-        found[who] = {"ms": times[who], "median_ms": statistics.median(times[who]), **memory[who]}
-    steps.clear()
-    gc.collect()
-    return found
 
 
 class Step:
@@ -109,52 +95,64 @@ class Step:
         self.tokens = self.tokens.to(options.device)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.trained, self.sgd = sum(p.numel() for p in trained), torch.optim.SGD(trained, lr=1e-4)
-
-    def loss(self) -> Tensor:
-        value: Tensor = self.model(self.tokens).last_hidden_state.float().square().mean()
-        return value
+        self()
+        self.peak = self._peak()
 
     def __call__(self) -> float:
         self._wait()
         start = time.perf_counter()
-        self.loss().backward()
+        output: Tensor = self.model(self.tokens).last_hidden_state
+        output.float().square().mean().backward()
         self.sgd.step()
         self.sgd.zero_grad()
         self._wait()
         return (time.perf_counter() - start) * 1000
 
-    def memory(self) -> dict[str, int | None]:
-        """Bytes that autograd holds after the forward pass without what the model holds anyway;
-        the peak that a step adds, on a GPU."""
-        held = {t.untyped_storage().data_ptr()
-                for t in (*self.model.parameters(), *self.model.buffers())}  # fmt: skip
-        seen: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            if tensor.is_sparse:
-                for part in (tensor._indices(), tensor._values()):
-                    pack(part)
-                return tensor
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in held:
-                seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.loss()
-        del loss
-        peak = None
+    def _peak(self) -> int:
+        """Bytes of the model's tensors, and the most that a step has allocated beside them."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+        held = sum(storages.values())
         if self.cuda:
-            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             self()
-            peak = torch.cuda.max_memory_allocated() - before
-        return {"saved_bytes": sum(seen.values()), "peak_bytes": peak, "trained": self.trained}
+            return held + torch.cuda.max_memory_allocated() - before
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
+            self()
+        # the events as they come, since the profiler's own sums know no peak
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        most = now = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            now += event.nbytes()
+            most = max(most, now)
+        return held + most
 
     def _wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
+
+
+def measured(row: str, lora: Step, options: Any) -> dict[str, Any]:
+    """Every sample of one method's contenders."""
+    steps, reasons = {"lora": lora}, {}
+    for who, make in (("ours", ours), ("peft", theirs)):
+        try:
+            steps[who] = Step(make(row, options), options)
+        except Exception as error:
+            reasons[who] = f"{type(error).__name__}: {error}"[:200]
+        gc.collect()
+    times: dict[str, list[float]] = {who: [] for who in steps}
+    for i in range(options.rounds):
+        order = [who for who in steps if who != "peft" or i % 2 == 0]
+        for who in order if i % 4 < 2 else reversed(order):
+            times[who].append(steps[who]())
+    found: dict[str, Any] = {"reasons": reasons} if reasons else {}
+    for who, step in steps.items():
+        found[who] = {"ms": times[who], "peak_bytes": step.peak, "trained": step.trained}
+    return found
 
 
 def base(options: Any) -> Any:
@@ -171,42 +169,47 @@ def base(options: Any) -> Any:
         return LlamaModel(config).to(dtype)
 
 
-def values(row: str, options: Any) -> dict[str, Any]:
-    peft_type, more = SEVERAL[row]
-    targets = ["input_layernorm"] if peft_type == "LN_TUNING" else ["q_proj", "v_proj"]
-    known = method_of(peft_type).Config.known_fields()
-    more = {k: v for k, v in more.items() if k in known}
-    return {"peft_type": peft_type, "target_modules": targets, **more}
+def values(row: str) -> dict[str, Any]:
+    peft_type, more = ROWS[row]
+    return {"peft_type": peft_type, "target_modules": ["q_proj", "v_proj"], **more}
 
 
 def ours(row: str, options: Any) -> Any:
-    return fastadapt.get_peft_model(base(options), fastadapt.config.from_dict(values(row, options)))
+    return fastadapt.get_peft_model(base(options), fastadapt.config.from_dict(values(row)))
 
 
 def theirs(row: str, options: Any) -> Any:
     import peft
 
-    fields = values(row, options)
+    fields = values(row)
     config = getattr(peft, method_of(fields.pop("peft_type")).Config.__name__)
+    if "kasa_config" in fields:
+        fields["kasa_config"] = peft.KasaConfig(**fields["kasa_config"])
     return peft.get_peft_model(base(options), config(**fields))
 
 
+def ratios(found: dict[str, Any]) -> dict[str, float]:
+    """Time over LoRA's and over PEFT's, peak memory over the same."""
+    made: dict[str, float] = {}
+    mine = found.get("ours")
+    for who in ("lora", "peft"):
+        other = found.get(who)
+        if mine and other:
+            # PEFT took part in every other round
+            shared = mine["ms"][:: 2 if who == "peft" else 1]
+            pairs = zip(shared, other["ms"], strict=True)
+            made[f"time/{who}"] = statistics.median(a / b for a, b in pairs)
+            made[f"peak/{who}"] = mine["peak_bytes"] / other["peak_bytes"]
+    return made
+
+
 def line(row: str, found: dict[str, Any]) -> str:
-    """Ratios of the medians, and of what is saved for backward."""
-    cells = [f"{row:12s}"]
+    cells = [f"{row:16s}"]
     for who in ("lora", "ours", "peft"):
         got = found.get(who)
-        cells.append(f"{who} {got['median_ms']:8.1f} ms" if got else f"{who} -")
-    cells += [f"/{who} {ratio:.2f}" for who, ratio in ratios(found)]
-    return "  ".join(cells)
-
-
-def ratios(found: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    for who in ("lora", "peft"):
-        if who in found and "ours" in found:
-            yield who, found["ours"]["median_ms"] / found[who]["median_ms"]
-    if "lora" in found and "ours" in found:
-        yield "saved", found["ours"]["saved_bytes"] / max(found["lora"]["saved_bytes"], 1)
+        cells.append(f"{who} {statistics.median(got['ms']):8.1f} ms" if got else f"{who} -")
+    cells += [f"{name} {ratio:.3f}" for name, ratio in ratios(found).items()]
+    return "  ".join(cells + [f"{who}: {why}" for who, why in found.get("reasons", {}).items()])
 
 
 def arguments() -> Any:
@@ -214,7 +217,7 @@ def arguments() -> Any:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--quick", action="store_true", help="two small layers, one round")
     parser.add_argument("--shapes", choices=SHAPES)
-    parser.add_argument("--methods", nargs="*", choices=SEVERAL, metavar="METHOD")
+    parser.add_argument("--methods", nargs="*", choices=ROWS, metavar="METHOD")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--length", type=int)

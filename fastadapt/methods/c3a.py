@@ -3,8 +3,9 @@
 
     w: (out / b, in / b, b)  x in blocks of b: (tokens, in / b, b)
 
-A correlation is a product of spectra, conj(rfft w) rfft(x), so that the update costs 1 / b of the
-dense product and two transforms. For backward x is kept, its spectrum made again.
+Blocks are laid out as windows over w, and meet x in the product with W. (By spectra, x's and w's,
+the update costs 1 / b of that product and three transforms of the activations, which is more for
+any b: 1.17 x LoRA's step against 1.06 at 8 x 576 with b = 64.)
 Source: C3A (arXiv 2407.19342).
 """
 
@@ -19,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastadapt.adapter import Adapter
 from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import UnsupportedError
 from fastadapt.methods import fields
+from fastadapt.methods.dense import DenseDelta
 from fastadapt.methods.fourierft import MLP_OUT
 from fastadapt.methods.projection import size
 from fastadapt.targets import DEFAULT_TARGETS, pattern_value
@@ -63,7 +64,7 @@ class C3AConfig(AdapterConfig):
         return dataclasses.replace(self, block_size=b)
 
 
-class C3A(Adapter):
+class C3A(DenseDelta):
     name, prefix, Config = "c3a", "c3a_", C3AConfig
 
     def build(self, base: Base, shared: Any) -> None:
@@ -88,60 +89,23 @@ class C3A(Adapter):
         self.parts = {"c3a_kernel": kernel}
         self.values = {"block_size": b}
 
-    def merged(self, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        delta = self._delta(tuple(w.shape))
-        return w.to(delta.dtype) + delta.to(w.device), bias
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        y = base(x)
-        if base.indexed or len(base.shape) > 2:
-            delta = self._delta(base.shape)
-            x = x if base.indexed else x.to(delta.dtype)
-            return y + base.apply(x, delta).to(y.dtype)
-        made: Tensor = CorrelateFunction.apply(x, self["c3a_kernel"])  # type: ignore[no-untyped-call]
-        return y + (made / x.shape[-1]).to(y.dtype)
-
-    def _delta(self, shape: tuple[int, ...]) -> Tensor:
-        kernel: Tensor = self["c3a_kernel"]
-        out, inner = size(shape)
-        step = torch.arange(kernel.shape[2], device=kernel.device)
-        blocks = kernel[:, :, (step - step[:, None]) % kernel.shape[2]]
-        return blocks.transpose(1, 2).reshape(out, inner).view(shape) / inner
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        blocks: Tensor = CirculantFunction.apply(self["c3a_kernel"])  # type: ignore[no-untyped-call]
+        return blocks.transpose(1, 2).reshape(shape) / size(shape)[1]
 
 
-class CorrelateFunction(torch.autograd.Function):
-    """x: (..., n b)  w: (m, n, b) -> (..., m b), at least fp32."""
+class CirculantFunction(torch.autograd.Function):
+    """w: (m, n, b) -> (m, n, b, b), [.., i, j] = w[.., (j - i) mod b]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        b = w.shape[2]
-        y = torch.einsum("tnf,mnf->tmf", _spectra(_blocks(x, b)), _spectra(w).conj())
-        made: Tensor = torch.fft.irfft(y, n=b)
-        return made.reshape(*x.shape[:-1], -1)
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        windows = torch.cat([w, w], -1).unfold(-1, w.shape[-1], 1)
+        return windows[..., 1:, :].flip(-2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, w = ctx.saved_tensors
-        b = w.shape[2]
-        h = _spectra(_blocks(g, b))
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.fft.irfft(torch.einsum("tmf,mnf->tnf", h, _spectra(w)), n=b)
-            dx = dx.reshape(x.shape).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            dw = torch.einsum("tmf,tnf->mnf", h.conj(), _spectra(_blocks(x, b)))
-            dw = torch.fft.irfft(dw, n=b).to(w.dtype)
-        return dx, dw
-
-
-def _spectra(blocks: Tensor) -> Tensor:
-    """rfft of each block: (.., b) -> (.., b / 2 + 1)."""
-    made: Tensor = torch.fft.rfft(blocks.to(torch.promote_types(blocks.dtype, torch.float32)))
-    return made
-
-
-def _blocks(x: Tensor, b: int) -> Tensor:
-    """(.., n b) -> (tokens, n, b)."""
-    return x.reshape(-1, x.shape[-1] // b, b)
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        # row i moved left by i: one step further for each row of the doubled rows
+        rows = torch.cat([g, g], -1).contiguous()
+        *outer, step, one = rows.stride()
+        return rows.as_strided(g.shape, (*outer, step + 1, one)).sum(-2)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods whose update has no cheaper form than a weight: W' = W + U(W), made anew in each step.
+"""Methods whose update has no cheaper form than a weight: W' = W + U, made anew in each step.
 
-In float32 over a plain layer x meets W' in one product; in half precision, and over layers that
-must be called, U is applied beside the base, since W + U would round small updates away. Backward
-makes U again instead of keeping it: what stays in memory is x. The gradient of U is a product of
-the size of W, so that a step costs three such products, where LoRA's costs two.
+Over a plain matrix x meets W' in one product (``ops.reweight``); over layers that must be called, U
+is applied beside the base. Backward makes U again instead of keeping it: what stays in memory is x.
+The gradient of U is a product of the size of W, so that a step costs three such products, where
+LoRA's costs two.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastadapt.adapter import Adapter
 from fastadapt.base import Base
 from fastadapt.ops.precision import compute_dtype
+from fastadapt.ops.reweight import reweight
 
 
 class DenseAdapter(Adapter):
@@ -26,37 +27,58 @@ class DenseAdapter(Adapter):
     dropout: ClassVar[str] = ""
 
     def update(self, w: Tensor) -> Tensor:
-        """U(W), for W in the dtype that is wanted."""
+        """U of a W in the dtype that is wanted."""
         raise NotImplementedError
+
+    def update_of(self, base: Base) -> Tensor:
+        """U for a layer."""
+        return self.update(self._wide(base.read()[0]))
 
     def merged(self, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         w = self._wide(w)
-        return w + self.update(w), bias
+        return w + self.update(w).to(w.device), bias
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        p = self.rate(self.dropout) if self.dropout else 0.0
-        exact = x.dtype in (torch.float32, torch.float64) and compute_dtype(x) == x.dtype
-        if p == 0 and exact and base.whole:
-            bias = base.bias
-            y = _again(lambda t: base.apply(t, self.merged(base.read()[0], None)[0]), x)
-            return y if bias is None else y + base.channels(bias)
+        if base.whole and (not self.dropout or self.rate(self.dropout) == 0):
+            return reweight(
+                x, lambda: base.read()[0], lambda: self.update_of(base), self._trained, base.bias
+            )
         y = base(x)
-        work = compute_dtype(x) if x.is_floating_point() else y.dtype
+        return y + self.beside(x, base, y.dtype)
+
+    def beside(self, x: Tensor, base: Base, dtype: torch.dtype) -> Tensor:
+        """U applied to the dropped x, in ``dtype``."""
+        x = base.drop(x, self.rate(self.dropout) if self.dropout else 0.0)
+        work = compute_dtype(x) if x.is_floating_point() else dtype
 
         def extra(t: Tensor) -> Tensor:
-            return base.apply(t, self.update(self._wide(base.read()[0])).to(work))
+            return base.apply(t, self.update_of(base).to(work))
 
-        x = base.drop(x, p)
-        return y + _again(extra, x.to(work) if x.is_floating_point() else x).to(y.dtype)
+        return _again(extra, x.to(work) if x.is_floating_point() else x).to(dtype)
 
     def _wide(self, w: Tensor) -> Tensor:
-        first = next(t for t in self._layer_parts() if isinstance(t, Tensor))
-        return w.to(torch.promote_types(w.dtype, first.dtype))
+        return w.to(torch.promote_types(w.dtype, self._trained()[0].dtype))
 
-    def _layer_parts(self) -> list[Any]:
-        if self._layer is None:
-            return list(self.parts.values())
-        return list(self._layer.parts_of(self._key).values())
+    def _trained(self) -> list[Tensor]:
+        parts: dict[str, Any] = self.parts
+        if self._layer is not None:
+            parts = self._layer.parts_of(self._key)
+        own = [p for name, p in parts.items() if name not in self.constant]
+        return [t for p in own for t in (p.parameters() if isinstance(p, nn.Module) else (p,))]
+
+
+class DenseDelta(DenseAdapter):
+    """U depends on no W."""
+
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        """U for a weight of this shape."""
+        raise NotImplementedError
+
+    def update(self, w: Tensor) -> Tensor:
+        return self.delta(tuple(w.shape))
+
+    def update_of(self, base: Base) -> Tensor:
+        return self.delta(base.shape)
 
 
 def _again(function: Any, x: Tensor) -> Tensor:

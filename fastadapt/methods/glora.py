@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadapt.adapter import Adapter
-from fastadapt.base import Base, Stacked
+from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError
-from fastadapt.ops.reweight import reweight
+from fastadapt.methods.dense import DenseAdapter
 
 _FORMS = {
     "config_A_B": ("lora", "vector", "constant", "none"),
@@ -93,7 +92,7 @@ class Path(nn.Module):
         return self.zeros if self.form == "none" else self.X  # type: ignore[return-value]
 
 
-class Glora(Adapter):
+class Glora(DenseAdapter):
     name, prefix, Config = "glora", "glora_", GloraConfig
 
     def build(self, base: Base, shared: Any) -> None:
@@ -113,37 +112,39 @@ class Glora(Adapter):
         self.values = {"r": config.r}
         self.identity_at_init = config.init_weights  # type: ignore[misc]
 
+    def update(self, w: Tensor) -> Tensor:
+        rows, b = w.flatten(1), self["glora_B"]()
+        return torch.addcmul(b.expand_as(rows), rows, self["glora_A"]()).view(w.shape)
+
     def merged(self, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        a, b = self["glora_A"](), self["glora_B"]()
-        w = w.to(torch.promote_types(w.dtype, a.dtype))
-        rows = w.flatten(1)
-        made = torch.addcmul(rows + b, rows, a).view(w.shape)
+        made, _ = super().merged(w, None)
         if bias is None:
             return made, None
-        return made, self._bias(bias, rows @ self["glora_C"]())
+        return made, bias + self._shift(bias, w.flatten(1).to(made.dtype) @ self["glora_C"]())
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        # adapters below learn too: their parameters are none that ``reweight`` knows
-        if base.indexed or len(base.shape) > 2 or isinstance(base, Stacked):
-            return super().forward(x, base)
         bias, a, b = base.bias, self["glora_A"], self["glora_B"]
-        if a.form == "lora":
-            parameters = [p for path in (a, b) for p in path.parameters()]
-            y = reweight(x, lambda: self.merged(base.read()[0], None)[0], parameters)
-        elif a.form == "none":
-            y = base(x) if bias is None else base(x) - bias.to(x.dtype)
+        matrix = not base.indexed and len(base.shape) == 2
+        if a.form == "lora" or not matrix:
+            y = super().forward(x, base)
         else:
             y = base(x)
-            y = y if bias is None else y - bias.to(y.dtype)
-            y = torch.addcmul(y, y, a().flatten().to(y.dtype))
-            y = y + (x.sum(-1, keepdim=True) * b().flatten().to(x.dtype)).to(y.dtype)
+            if a.form != "none":
+                plain = y if bias is None else y - bias.to(y.dtype)
+                y = torch.addcmul(y, plain, a().flatten().to(y.dtype))
+                y = y + (x.sum(-1, keepdim=True) * b().flatten().to(x.dtype)).to(y.dtype)
         if bias is None:
             return y
         c = self["glora_C"]
-        # W C, by the layer itself: no weight is decoded for one column
-        moved = torch.zeros_like(bias) if c.form == "none" else base(c().t().to(x.dtype))[0] - bias
-        return y + self._bias(bias, moved[:, None]).to(y.dtype)
+        if c.form == "none":
+            moved = torch.zeros_like(bias)
+        elif matrix:
+            # W C by the layer itself: no weight is decoded for one column
+            moved = base(c().t().to(x.dtype))[0] - bias
+        else:
+            moved = base.read()[0].flatten(1).to(c().dtype) @ c()
+        return y + base.channels(self._shift(bias, moved)).to(y.dtype)
 
-    def _bias(self, bias: Tensor, moved: Tensor) -> Tensor:
-        d, e = self["glora_D"](), self["glora_E"]()
-        return torch.addcmul(bias + e + moved.flatten(), bias, d)
+    def _shift(self, bias: Tensor, moved: Tensor) -> Tensor:
+        """bias' - bias."""
+        return torch.addcmul(self["glora_E"]() + moved.flatten(), bias, self["glora_D"]())

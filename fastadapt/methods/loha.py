@@ -62,7 +62,7 @@ class LoHa(Lycoris):
                 parts[name] = empty(*core_shape(r, kernel))
                 uniform_(parts[name])
         self.parts = dict(parts)
-        self.values = {**self.plain_values(), "shape": tuple(base.shape)}
+        self.values = self.plain_values()
         self._core = core
         self._paired = not core and base.groups == 1 and r * r * (out + b[1]) < out * b[1]
 
@@ -72,17 +72,17 @@ class LoHa(Lycoris):
         w: Tensor = core_product(self[f"hada_t{i}"], a, b) if self._core else a @ b
         return w
 
-    def delta(self) -> Tensor:
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
         scale: float = self["scaling"]
-        return (self.factor(1) * self.factor(2) * scale).view(self["shape"])
+        return (self.factor(1) * self.factor(2) * scale).view(shape)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
+        kept = self.keep(base)
         if not self._paired:
-            return self.dense(x, base)
+            return self.dense(x, base, kept)
         a1, a2, b1, b2 = (self[f"hada_w{i}_{s}"] for s in "ab" for i in (1, 2))
         rows = (a1.unsqueeze(2) * a2.unsqueeze(1)).flatten(1)
         columns = (b1.unsqueeze(1) * b2.unsqueeze(0)).flatten(0, 1)
-        kept = self.keep(a1)
         if kept is not None:
             rows = rows * kept.unsqueeze(1)
         return base.low_rank(x, columns.view(-1, *base.shape[1:]), rows, self["scaling"])

@@ -101,10 +101,10 @@ class LoKr(Lycoris):
         self.parts = dict(parts)
         self.values = {
             **self.plain_values(), "rank_dropout_scale": config.rank_dropout_scale,
-            "shape": tuple(base.shape), "pieces": (a, b, c, d),
+            "pieces": (a, b, c, d),
         }  # fmt: skip
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """(W1, W2)."""
         one: Tensor = (
             self["lokr_w1"] if self._one == "full" else self["lokr_w1_a"] @ self["lokr_w1_b"]
@@ -116,22 +116,23 @@ class LoKr(Lycoris):
         else:
             two = core_product(self["lokr_t2"], self["lokr_w2_a"], self["lokr_w2_b"])
         _, b, _, d = self["pieces"]
-        return one, two.reshape(b, d, *self["shape"][2:])
+        return one, two.reshape(b, d, *shape[2:])
 
-    def delta(self) -> Tensor:
-        one, two = self.factors()
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        one, two = self.factors(shape)
         scale: float = self["scaling"]
         if self._scrambled:
-            return torch.kron(one.unsqueeze(0), two).reshape(self["shape"]) * scale
+            return torch.kron(one.unsqueeze(0), two).reshape(shape) * scale
         b, d = two.shape[:2]
         kron = one[:, None, :, None, None] * two.reshape(b, d, -1)[None, :, None]
-        return kron.reshape(self["shape"]) * scale
+        return kron.reshape(shape) * scale
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
+        kept = self.keep(base)
         if base.indexed or base.groups > 1 or self._scrambled:
-            return self.dense(x, base)
+            return self.dense(x, base, kept)
         y, work = base(x), compute_dtype(x)
-        one, two = self.factors()
+        one, two = self.factors(base.shape)
         one, two = (one * self["scaling"]).to(work), two.to(work)
         c, d = self["pieces"][2:]
         if len(base.shape) == 2:
@@ -141,8 +142,7 @@ class LoKr(Lycoris):
             axis = x.dim() - len(base.shape) + 1
             pieces = base.apply(x.to(work).unflatten(axis, (c, d)).flatten(0, axis), two)
             pieces = pieces.reshape(*x.shape[:axis], c, -1)
-            extra = (one @ pieces).reshape(*x.shape[:axis], self.out, *y.shape[axis + 1 :])
-        kept = self.keep(one)
+            extra = (one @ pieces).reshape(*x.shape[:axis], -1, *y.shape[axis + 1 :])
         return y + (extra if kept is None else extra * base.channels(kept)).to(y.dtype)
 
 

@@ -15,12 +15,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fastadapt.adapter import DeltaAdapter
 from fastadapt.base import Base
 from fastadapt.config import AdapterConfig
 from fastadapt.errors import ConfigError
 from fastadapt.methods import fields
-from fastadapt.ops.precision import compute_dtype
+from fastadapt.methods.dense import DenseDelta
 from fastadapt.targets import pattern_value
 
 
@@ -65,7 +64,7 @@ class LycorisConfig(AdapterConfig):
         return self.alpha / self.r
 
 
-class Lycoris(DeltaAdapter):
+class Lycoris(DenseDelta):
     rescaled = True
     """Rows that are kept grow by what was dropped."""
 
@@ -75,33 +74,27 @@ class Lycoris(DeltaAdapter):
         names = ("r", "alpha", "scaling", "rank_dropout", "module_dropout")
         return {name: getattr(config, name) for name in names}
 
-    def keep(self, like: Tensor) -> Tensor | None:
+    def keep(self, base: Base) -> Tensor | None:
         """The factor of each output row, or None where nothing is dropped."""
         rows, module = self["rank_dropout"], self["module_dropout"]
         if self._layer is None or not self._layer.training or not (rows or module):
             return None
-        kept = torch.ones(self.out, dtype=like.dtype, device=like.device)
+        like, out = self._trained()[0], base.shape[0]
+        kept = torch.ones(out, dtype=like.dtype, device=like.device)
         if rows:
             kept = (torch.rand_like(kept) > rows).to(kept.dtype)
             if self.rescaled:
-                kept = kept / kept.mean().clamp(min=1 / self.out)
+                kept = kept / kept.mean().clamp(min=1 / out)
         if module:
             kept = kept * (torch.rand(1, device=like.device) > module).to(kept.dtype)
         return kept
 
-    def dense(self, x: Tensor, base: Base) -> Tensor:
-        """base(x) + keep * (delta W x) with delta W in full."""
+    def dense(self, x: Tensor, base: Base, kept: Tensor | None) -> Tensor:
+        """base(x) + kept * (delta W x) with delta W in full."""
+        if kept is None:
+            return super().forward(x, base)
         y = base(x)
-        delta = self.delta()
-        work = compute_dtype(x) if x.is_floating_point() else delta.dtype
-        extra = base.apply(x.to(work) if x.is_floating_point() else x, delta.to(work))
-        kept = self.keep(delta)
-        return y + (extra if kept is None else extra * base.channels(kept)).to(y.dtype)
-
-    @property
-    def out(self) -> int:
-        out: int = self["shape"][0]
-        return out
+        return y + (self.beside(x, base, y.dtype) * base.channels(kept)).to(y.dtype)
 
 
 def uniform_(*tensors: Tensor) -> None:

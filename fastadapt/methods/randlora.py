@@ -7,8 +7,8 @@
 
 As in PEFT the r n rows of A' are counted with j running first, the columns of B with i first.
 The update has full rank: with D = short = long its two products cost what the base's do, T D^2
-each, whatever the order. Through the activations a step takes 5 T D^2, through delta W (2 D^3 to
-make it and for its gradient) 3 T D^2 + 2 D^3, so the second when T > D. A base step is 2 T D^2.
+each, whatever the order. Beside the base's two a step takes 5 T D^2 through the activations, and
+T D^2 + 3 D^3 through delta W, which is made twice: the second when T > 3 D / 4.
 Source: RandLoRA (arXiv 2502.00987).
 """
 
@@ -22,13 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastadapt.adapter import Adapter
 from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.methods import fields
+from fastadapt.methods.dense import DenseDelta
 from fastadapt.methods.pair import drop_part
 from fastadapt.methods.projection import generator, largest, near, size
-from fastadapt.ops.precision import compute_dtype, product_dtype
 
 
 @dataclass
@@ -69,9 +68,10 @@ class RandLoraConfig(AdapterConfig):
         return self.randlora_alpha / self.r
 
 
-class RandLora(Adapter):
+class RandLora(DenseDelta):
     name, prefix, Config = "randlora", "randlora_", RandLoraConfig
     constant = ("randlora_A", "randlora_B")
+    dropout = "randlora_dropout"
 
     @classmethod
     def shared(cls, config: RandLoraConfig, bases: dict[str, Base]) -> dict[str, nn.Parameter]:
@@ -120,21 +120,17 @@ class RandLora(Adapter):
         b = b[: max(out, inner), :n].flatten(1)
         return (scaled, b) if short == inner else (b.t(), scaled.t())
 
-    def merged(self, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        a, b = self.pair(tuple(w.shape))
-        delta = (b @ a).view(w.shape) * self["scaling"]
-        return w.to(delta.dtype) + delta.to(w.device), bias
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        a, b = self.pair(shape)
+        scale: float = self["scaling"]
+        return (b @ a).view(shape) * scale
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        (a, b), p = self.pair(base.shape), self.rate("randlora_dropout")
         out, inner = size(base.shape)
-        if base.groups == 1 and not base.indexed and x.numel() // inner <= max(out, inner):
-            return base.low_rank(x, a.view(-1, *base.shape[1:]), b, self["scaling"], p)
-        kind = a.dtype if base.indexed else product_dtype(compute_dtype(x), x.device)
-        kept = x if base.indexed else base.drop(x, p).to(kind)
-        delta = (b.to(kind) @ a.to(kind)).view(base.shape) * self["scaling"]
-        y = base(x)
-        return y + base.apply(kept, delta).to(y.dtype)
+        if base.groups > 1 or base.indexed or 4 * x.numel() // inner > 3 * max(out, inner):
+            return super().forward(x, base)
+        (a, b), p = self.pair(base.shape), self.rate(self.dropout)
+        return base.low_rank(x, a.view(-1, *base.shape[1:]), b, self["scaling"], p)
 
 
 class TermsFunction(torch.autograd.Function):

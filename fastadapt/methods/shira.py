@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadapt.adapter import Adapter
-from fastadapt.base import Base, Stacked
+from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError, FastAdaptWarning, UnsupportedError
-from fastadapt.ops.reweight import reweight
+from fastadapt.methods.dense import DenseDelta
 from fastadapt.targets import DEFAULT_TARGETS
 
 
@@ -63,7 +62,7 @@ class ShiraConfig(AdapterConfig):
             )  # fmt: skip
 
 
-class Shira(Adapter):
+class Shira(DenseDelta):
     name, prefix, Config = "shira", "shira_", ShiraConfig
     constant = ("shira_indices",)
 
@@ -83,22 +82,12 @@ class Shira(Adapter):
         self.values = {"r": config.r, "scaling": 1.0}
         self.identity_at_init = config.init_weights  # type: ignore[misc]
 
-    def merged(self, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        wide = torch.promote_types(w.dtype, self["shira_weight"].dtype)
-        return self._added(w.to(wide)), bias
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        # adapters below learn too: their parameters are none that ``reweight`` knows
-        if base.indexed or len(base.shape) > 2 or isinstance(base, Stacked):
-            return super().forward(x, base)
-        y = reweight(x, lambda: self._added(base.read()[0]), [self["shira_weight"]])
-        return y if base.bias is None else y + base.bias.to(y.dtype)
-
-    def _added(self, w: Tensor) -> Tensor:
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
         rows, cols = self["shira_indices"].long()
-        values = self["shira_weight"] * self["scaling"]
-        flat = w.reshape(-1).scatter_add(0, rows * w[0].numel() + cols, values.to(w.dtype))
-        return flat.view(w.shape)
+        values: Tensor = self["shira_weight"] * self["scaling"]
+        inner = math.prod(shape[1:])
+        made = values.new_zeros(shape[0] * inner).scatter_add(0, rows * inner + cols, values)
+        return made.view(shape)
 
 
 def _places(config: ShiraConfig, base: Base, count: int) -> Tensor:

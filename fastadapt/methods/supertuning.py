@@ -18,16 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadapt.adapter import Adapter
-from fastadapt.base import Base, Stacked
+from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError, FastAdaptWarning, UnsupportedError
 from fastadapt.methods import fields
+from fastadapt.methods.dense import DenseDelta
 from fastadapt.methods.pair import drop_part
 from fastadapt.methods.projection import size
 from fastadapt.ops.low_rank import low_rank
 from fastadapt.ops.precision import compute_dtype
-from fastadapt.ops.reweight import reweight
 
 
 @dataclass
@@ -72,7 +71,7 @@ class SupertuningConfig(AdapterConfig):
             )  # fmt: skip
 
 
-class Supertuning(Adapter):
+class Supertuning(DenseDelta):
     name, prefix, Config = "supertuning", "supertuning_", SupertuningConfig
     constant = ("supertuning_indices",)
 
@@ -116,29 +115,25 @@ class Supertuning(Adapter):
             return None
         return super().file_key(part, leaf)
 
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        """S."""
+        places, values = self["supertuning_indices"].long(), self["supertuning_values"]
+        flat: Tensor = values.new_zeros(math.prod(shape)).scatter_add(0, places, values)
+        return flat.view(shape)
+
     def merged(self, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        w = self._added(w.to(torch.promote_types(w.dtype, self["supertuning_values"].dtype)))
+        w, bias = super().merged(w, bias)
         pair = self._pair()
         return w if pair is None else w + (pair[1] @ pair[0]).view(w.shape), bias
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        # adapters below learn too: their parameters are none that ``reweight`` knows
-        plain = base.indexed or len(base.shape) > 2 or isinstance(base, Stacked)
-        pair = self._pair()
-        p = self.rate("supertuning_lora_dropout") if pair else 0.0
-        if plain and p == 0:
-            return super().forward(x, base)
-        if plain:
-            w, bias = base.read()
-            y = base.apply(x, self._added(w).to(x.dtype if x.is_floating_point() else w.dtype))
-            y = y if bias is None else y + base.channels(bias).to(y.dtype)
-            delta = (pair[1] @ pair[0]).view(w.shape)  # type: ignore[index]
-            x = base.drop(x, p)
-            return y + base.apply(x.to(y.dtype) if x.is_floating_point() else x, delta.to(y.dtype))
-        y = reweight(x, lambda: self._added(base.read()[0]), [self["supertuning_values"]])
-        y = y if base.bias is None else y + base.bias.to(y.dtype)
+        y, pair = super().forward(x, base), self._pair()
         if pair is None:
             return y
+        p = self.rate("supertuning_lora_dropout")
+        if base.indexed or len(base.shape) > 2:
+            x, delta = base.drop(x, p), (pair[1] @ pair[0]).view(base.shape)
+            return y + base.apply(x if base.indexed else x.to(y.dtype), delta.to(y.dtype))
         kind = compute_dtype(x)
         return y + low_rank(x, *pair, 1.0, p=p, compute=kind, out=kind).to(y.dtype)
 
@@ -149,7 +144,3 @@ class Supertuning(Adapter):
             return None
         a, b = self["supertuning_lora_A"].weight, self["supertuning_lora_B"].weight
         return a, b * (self["supertuning_lora_alpha"] / r)
-
-    def _added(self, w: Tensor) -> Tensor:
-        places, values = self["supertuning_indices"].long(), self["supertuning_values"]
-        return w.reshape(-1).scatter_add(0, places, values.to(w.dtype)).view(w.shape)

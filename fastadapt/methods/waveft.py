@@ -3,9 +3,8 @@
 
     spectrum: (n,)  places: (2, n), the same in all layers of a shape
 
-One level of a 2-d transform is one along each side, so the update is  delta x = s T_out M T_in x:
-x is analysed, M takes one coefficient to one for each entry, y is synthesised, and delta W is never
-made. For backward x is kept, its coefficients made again.
+A coefficient of one level is a patch of the weight, as wide as the filters: delta W is a few small
+patches added up, and meets x in the product with W.
 Source: WaveFT (arXiv 2505.12532).
 """
 
@@ -13,21 +12,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from fastadapt.adapter import Adapter
 from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError
 from fastadapt.methods import fields
+from fastadapt.methods.dense import DenseDelta
 from fastadapt.methods.fourierft import MLP_OUT
 from fastadapt.methods.projection import size
-from fastadapt.methods.spectrum import gather_add, inner_products, positions
-from fastadapt.methods.wavelets import Filters, analyse, coefficients, filters, synthesise
+from fastadapt.methods.spectrum import positions
+from fastadapt.methods.wavelets import coefficients, filters, support, synthesise
 from fastadapt.targets import DEFAULT_TARGETS, pattern_value
 
 
@@ -72,7 +69,7 @@ class WaveFTConfig(AdapterConfig):
         return dataclasses.replace(self, n_frequency=n)
 
 
-class WaveFT(Adapter):
+class WaveFT(DenseDelta):
     name, prefix, Config = "waveft", "waveft_", WaveFTConfig
     constant = ("waveft_indices",)
 
@@ -111,21 +108,25 @@ class WaveFT(Adapter):
     def file_key(self, part: str, leaf: str) -> str | None:
         return None if part in self.constant else super().file_key(part, leaf)
 
-    def merged(self, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        delta = self._delta(tuple(w.shape))
-        return w.to(delta.dtype) + delta.to(w.device), bias
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        y = base(x)
-        if base.indexed or len(base.shape) > 2:
-            delta = self._delta(base.shape)
-            x = x if base.indexed else x.to(delta.dtype)
-            return y + base.apply(x, delta).to(y.dtype)
-        out, inner = base.shape
-        args = (self["waveft_spectrum"], *self._entries(out, inner), out, self["waveft_filters"])
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        spectrum: Tensor = self["waveft_spectrum"]
+        (out, inner), pair = size(shape), self["waveft_filters"]
         scale: float = self["waveft_scaling"]
-        made: Tensor = WaveFunction.apply(x, *args)  # type: ignore[no-untyped-call]
-        return y + (made * scale).to(y.dtype)
+        target, source = self._entries(out, inner)
+        if pair is None:
+            made = spectrum.new_zeros(out * inner).index_add(0, target * inner + source, spectrum)
+        elif spectrum.numel() * len(pair[0]) ** 2 < out * inner:
+            # a coefficient is a small patch of the weight
+            rows, left = support(target, out, pair, spectrum.dtype)
+            columns, right = support(source, inner, pair, spectrum.dtype)
+            places = (rows * inner).unsqueeze(2) + columns.unsqueeze(1)
+            patches = (spectrum.unsqueeze(1) * left).unsqueeze(2) * right.unsqueeze(1)
+            made = spectrum.new_zeros(out * inner).index_add(0, places.flatten(), patches.flatten())
+        else:
+            h, k = coefficients(out, pair), coefficients(inner, pair)
+            grid = spectrum.new_zeros(2 * h, 2 * k).index_put((target, source), spectrum)
+            made = synthesise(synthesise(grid, out, pair).t(), inner, pair).t()
+        return made.reshape(shape) * scale
 
     def _entries(self, out: int, inner: int) -> tuple[Tensor, Tensor]:
         """Target and source of each entry among the coefficients. S is PEFT's: in the middle of a
@@ -137,61 +138,3 @@ class WaveFT(Adapter):
         h, k = coefficients(out, pair), coefficients(inner, pair)
         rows, columns = rows + (2 * h - out) // 2, columns + (2 * k - inner) // 2
         return rows % h + h * (columns >= k), columns % k + k * (rows >= h)
-
-    def _delta(self, shape: tuple[int, ...]) -> Tensor:
-        spectrum: Tensor = self["waveft_spectrum"]
-        (out, inner), pair = size(shape), self["waveft_filters"]
-        scale: float = self["waveft_scaling"]
-        places = self._entries(out, inner)
-        if pair is None:
-            dense = spectrum.new_zeros(out, inner).index_put(places, spectrum)
-        else:
-            h, k = coefficients(out, pair), coefficients(inner, pair)
-            dense = spectrum.new_zeros(2 * h, 2 * k).index_put(places, spectrum)
-            dense = synthesise(synthesise(dense, out, pair).t(), inner, pair).t()
-        return (dense * scale).reshape(shape)
-
-
-class WaveFunction(torch.autograd.Function):
-    """x: (..., in)  spectrum, target, source: (n,) -> idwt2(S) x: (..., out), at least fp32;
-    without filters the transform is the identity."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, spectrum: Tensor, target: Tensor, source: Tensor, out: int,
-        pair: Filters | None,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, spectrum, target, source)
-        ctx.pair = pair
-        y = _through(_coefficients(x, pair), spectrum, source, target, out, pair)
-        return y.reshape(*x.shape[:-1], out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, spectrum, target, source = ctx.saved_tensors
-        h = _coefficients(g, ctx.pair)
-        dx = ds = None
-        if ctx.needs_input_grad[0]:
-            dx = _through(h, spectrum, target, source, x.shape[-1], ctx.pair)
-            dx = dx.reshape(x.shape).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            ds = inner_products(h, _coefficients(x, ctx.pair), target, source)
-            ds = ds.to(spectrum.dtype)
-        return dx, ds, None, None, None, None
-
-
-def _coefficients(x: Tensor, pair: Filters | None) -> Tensor:
-    """(..., k) -> (2 h, tokens)."""
-    rows = x.reshape(-1, x.shape[-1]).t()
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
-    return rows if pair is None else analyse(rows, pair)
-
-
-def _through(
-    h: Tensor, spectrum: Tensor, source: Tensor, target: Tensor, out: int, pair: Filters | None
-) -> Tensor:
-    """Coefficients of the input -> the output, (tokens, out)."""
-    count = out if pair is None else 2 * coefficients(out, pair)
-    made = gather_add(h, source, target, spectrum.to(h.dtype), count)
-    return (made if pair is None else synthesise(made, out, pair)).t()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Orthonormal wavelet filters and one level of their transform, along the first dimension.
+"""Orthonormal wavelet filters and one level of their synthesis, along the first dimension.
 
-    analyse:     x: (k, tokens) -> (2 h, tokens), h smooth and then h detail coefficients
-    synthesise:  its transpose, (2 h, tokens) -> (k, tokens);  h = ceil((k + length - 2) / 2)
+    h smooth and then h detail coefficients (2 h, tokens) -> (k, tokens);
+    h = ceil((k + length - 2) / 2)
 
 Daubechies filters come from the roots of the polynomial sum C(N-1+i, i) y^i; symlets take other
 roots of the same pairs. Source: Daubechies, Ten Lectures on Wavelets, chapters 6 and 8.
@@ -70,16 +70,14 @@ def coefficients(k: int, pair: Filters) -> int:
     return (k + len(pair[0]) - 1) // 2
 
 
-def analyse(x: Tensor, pair: Filters) -> Tensor:
-    k, h, length = x.shape[0], coefficients(x.shape[0], pair), len(pair[0])
-    padded = F.pad(x, (0, 0, length - 2, 2 * h - k))
-    parts = []
-    for f in pair:
-        part = f[0] * padded[: 2 * h : 2]
-        for i in range(1, length):
-            part = part + f[i] * padded[i : i + 2 * h : 2]
-        parts.append(part)
-    return torch.cat(parts)
+def support(index: Tensor, k: int, pair: Filters, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Which of the k values a coefficient is in, and with which weight: (n,) -> (n, length) twice;
+    weights beyond the ends are 0."""
+    h, length = coefficients(k, pair), len(pair[0])
+    first = 2 * (index % h) - length + 2
+    places = first.unsqueeze(1) + torch.arange(length, device=index.device)
+    weights = _table(pair, dtype, index.device)[(index >= h).long()]
+    return places.clamp(0, k - 1), weights * ((places >= 0) & (places < k))
 
 
 def synthesise(u: Tensor, k: int, pair: Filters) -> Tensor:
@@ -88,6 +86,11 @@ def synthesise(u: Tensor, k: int, pair: Filters) -> Tensor:
     for i in range(length):
         made[i : i + 2 * h : 2] += pair[0][i] * u[:h] + pair[1][i] * u[h:]
     return made[length - 2 : length - 2 + k]
+
+
+@lru_cache
+def _table(pair: Filters, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(pair, dtype=dtype, device=device)
 
 
 def _from_roots(order: int, flipped: int) -> list[float]:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""y = x W'^T where W' is made from the frozen W and small parameters, and made again for backward.
+"""y = x (W + U)^T + bias, U made from small parameters, and from W, and made again for backward.
 
-    x: (..., k)  make() -> W': (n, k)  ->  (..., n)
-    dx = g W'   dW' = g^T x, and from it the gradients of what ``make`` reads
+    x: (..., k)  W, U: (n, k)  bias: (n,)  ->  (..., n)
+    dx = g (W + U)   dU = g^T x, and from it the gradients of what ``update`` reads
 
-For methods whose W' is neither W plus a low rank nor W times something small. Saved for backward:
-x alone, where autograd would keep every intermediate (n, k) matrix. dW' is a third full product
-beside those of a frozen layer; that is the floor of such a method.
+For methods whose U is neither of a low rank nor made of something small times x. Saved for
+backward: x alone, where autograd would keep every intermediate (n, k) matrix. dU is a third full
+product beside those of a frozen layer; that is the floor of such a method. In half precision W + U
+would round small updates away: there x U^T is a product of its own, which the one with W is added
+into; dx, which is rounded anyway, takes the rounded sum.
 """
 
 from __future__ import annotations
@@ -19,45 +21,70 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastadapt.ops.precision import compute_dtype, product_dtype
+from fastadapt.ops.low_rank import unviewed
+from fastadapt.ops.precision import HALVES, compute_dtype, product_dtype
+
+Read = Callable[[], Tensor]
+Parameters = Callable[[], Sequence[Tensor]]
 
 
-def reweight(x: Tensor, make: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Tensor:
-    """parameters: all tensors that need a gradient and that ``make`` reads."""
+def reweight(
+    x: Tensor, read: Read, update: Read, parameters: Parameters, bias: Tensor | None = None
+) -> Tensor:
+    """read() -> W, a constant; update() -> U; parameters() -> the tensors that ``update`` reads and
+    that may need a gradient, asked for anew in backward since wrappers of the model replace them.
+    The result is in the dtype that a product with x is asked for."""
     out = compute_dtype(x)
     if torch.compiler.is_compiling():
         # the compiler decides itself what is made again
-        return F.linear(x.to(out), make().to(out))
-    y: Tensor = ReweightFunction.apply(x, make, out, *parameters)  # type: ignore[no-untyped-call]
-    return y
+        y: Tensor = F.linear(x.to(out), read().to(out)) + F.linear(x.to(out), update().to(out))
+        return y if bias is None else y + bias.to(out)
+    args = (x, bias, read, update, parameters, out, *parameters())
+    return ReweightFunction.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class ReweightFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, make: Callable[[], Tensor], out: torch.dtype, *parameters: Tensor
-    ) -> Tensor:
+        ctx: Any, x: Tensor, bias: Tensor | None, read: Read, update: Read,
+        parameters: Parameters, out: torch.dtype, *_: Tensor,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x)
-        ctx.make, ctx.out, ctx.parameters = make, out, parameters
+        ctx.read, ctx.update, ctx.parameters, ctx.out = read, update, parameters, out
+        ctx.bias_dtype = None if bias is None else bias.dtype
         with torch.autocast(x.device.type, enabled=False):
             low = product_dtype(out, x.device)
-            return F.linear(x.to(low), make().to(out).to(low)).to(out)
+            rows, w, u = x.to(low).reshape(-1, x.shape[-1]), read().to(low), update().to(low)
+            y = (rows @ u.t()).addmm_(rows, w.t()) if low in HALVES else rows @ (w + u).t()
+            if bias is not None:
+                y += bias.to(low)
+            return unviewed(y.to(out), (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         low = product_dtype(ctx.out, x.device)
-        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        wanted = [p for p, need in zip(ctx.parameters, needs, strict=True) if need]
+        need_x, need_bias, *needs = ctx.needs_input_grad[:2] + ctx.needs_input_grad[6:]
+        parameters = ctx.parameters()
+        wanted = [p for p, need in zip(parameters, needs, strict=True) if need]
+        dx = dbias = None
+        found: tuple[Tensor | None, ...] = ()
         with torch.autocast(x.device.type, enabled=False):
             with torch.enable_grad():
-                w = ctx.make()
-            g = g.to(low)
-            dx = (g @ w.detach().to(ctx.out).to(low)).to(x.dtype) if need_x else None
-            found: tuple[Tensor, ...] = ()
+                u = ctx.update()
+            rows = g.to(low).reshape(-1, g.shape[-1])
+            if need_x:
+                w = ctx.read()
+                w = (w + u.detach().to(torch.promote_types(w.dtype, u.dtype))).to(low)
+                dx = (rows @ w).to(x.dtype).view(x.shape)
+                del w
             if wanted:
-                dw = g.flatten(0, -2).t() @ x.to(low).flatten(0, -2)
-                found = torch.autograd.grad(w, wanted, dw.to(w.dtype))
+                du = rows.t() @ x.to(low).reshape(-1, x.shape[-1])
+                found = torch.autograd.grad(u, wanted, du.to(u.dtype), allow_unused=True)
+            if need_bias:
+                wide = torch.promote_types(rows.dtype, torch.float32)
+                dbias = rows.sum(0, dtype=wide).to(ctx.bias_dtype)
         left = iter(found)
-        return dx, None, None, *(next(left) if need else None for need in needs)
+        grads = (next(left) if need else None for need in needs)
+        return dx, dbias, None, None, None, None, *grads
