@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from fastadapt.errors import UnsupportedError
+from fastadapt.errors import ConfigError, UnsupportedError
 from fastadapt.ops.low_rank_mixed import Pair
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastadapt.config import AdapterConfig
     from fastadapt.layer import AdaptedLayer
 
-Part = nn.Module | nn.Parameter
+Part = nn.Module | nn.Parameter | Tensor
 
 
 class Adapter:
@@ -46,11 +46,15 @@ class Adapter:
     files no longer hold."""
     adds_embedding_to_file: ClassVar[bool] = True
     """On an embedding, files hold the embedding's own weight too."""
+    must_agree: ClassVar[dict[str, str]] = {}
+    """Fields that all adapters of the method on a model share -> how PEFT says so."""
     changes_base: bool = False
     """``start`` moves a part of the base's weight into the adapter: no other may stand on it."""
     constant: tuple[str, ...] = ()
-    """Parts that never train: random projections, indices. They are Parameters all the same: layers
-    may share one, and ``.to()`` keeps a Parameter shared where it copies a buffer."""
+    """Parts that never train: random projections, indices. ``build`` makes Parameters of them
+    too; the layer holds them as buffers, which layers and adapters may share."""
+    frozen: tuple[str, ...] = ()
+    """Parts that do not train, and are parameters all the same (MiCA's B)."""
 
     def __init__(self, config: Any, base: Base, shared: Any = None) -> None:
         self.config = config
@@ -86,6 +90,22 @@ class Adapter:
         """What all layers of one adapter share, made once (a dict of Parameters, say); ``build``
         puts it among the parts of each layer, where it stays one tensor. None for most methods."""
         return None
+
+    @classmethod
+    def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
+        """Raise ConfigError for a new adapter that cannot be on a model with ``others`` of its
+        method: adapter's name -> config."""
+        for name, text in cls.must_agree.items():
+            value = getattr(config, name)
+            for held in (getattr(other, name) for other in others.values()):
+                if held == value:
+                    continue
+                if isinstance(value, bool):
+                    both = "[False, True]"
+                    raise ConfigError(f"{text}, but got multiple different values: {both}")
+                raise ConfigError(
+                    f"{text}. Got config.{name}={value!r} but previous config had {held!r}."
+                )
 
     def build(self, base: Base, shared: Any) -> None:
         """Fill ``parts`` and ``values`` from ``base.shape`` and the config."""

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadapt import inject, slots
+from fastadapt import constants, inject, slots
 from fastadapt.config import CONFIG_NAME, AdapterConfig, PeftConfig
 from fastadapt.errors import (
     AdapterConfigError,
@@ -240,7 +240,10 @@ def check(
 def fill(root: nn.Module, adapter: AdapterFile, name: str) -> None:
     """Copy the tensors of a checked file into the adapter ``name`` of the model."""
     paths = slots.adapted_paths(root)
-    places = {**slots.embeddings(root, paths), **slots.existing(root, adapter.config, name)}
+    layers = [root.get_submodule(path) for path in paths]
+    constants.unshare(layers, name)
+    places = {**slots.biases(root, paths), **slots.embeddings(root, paths)}
+    places.update(slots.existing(root, adapter.config, name))
     forms: dict[str, dict[str, Tensor]] = {}
     with torch.no_grad():
         for key, tensor in adapter.held.items():
@@ -254,6 +257,7 @@ def fill(root: nn.Module, adapter: AdapterFile, name: str) -> None:
             if len(held) == len(slot.adapter.file_forms(part)):
                 slot.tensor.copy_(slot.adapter.from_file(part, held))
     adapter.held = {}
+    constants.share(layers, name)
 
 
 def adapter_state_dict(
@@ -283,8 +287,8 @@ def adapter_state_dict(
         places.update({k: s for k, s in found.items() if not targeted or ".base_layer." in k})
     if state_dict is None:
         return {k: slot.filed(slot.tensor.detach()) for k, slot in places.items()}
-    gathered = {k.removeprefix("_orig_mod.").removeprefix(slots.PREFIX): v
-                for k, v in state_dict.items()}  # fmt: skip
+    gathered = {k.replace("_fsdp_wrapped_module.", "").removeprefix("_orig_mod.")
+                .removeprefix(slots.PREFIX): v for k, v in state_dict.items()}  # fmt: skip
     absent = [slot.live for slot in places.values() if slot.live not in gathered]
     if absent:
         raise CheckpointError(f"the state dict given lacks {absent[:3]} (of {len(absent)})")

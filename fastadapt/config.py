@@ -21,7 +21,13 @@ from types import UnionType
 from typing import Any, ClassVar, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import fastadapt.methods as registry
-from fastadapt.errors import CheckpointError, ConfigError, FastAdaptWarning, NoConfigError
+from fastadapt.errors import (
+    CheckpointError,
+    ConfigError,
+    FastAdaptWarning,
+    FieldError,
+    NoConfigError,
+)
 from fastadapt.files import fetch, write_atomic
 from fastadapt.targets import DEFAULT_TARGETS, default_targets
 
@@ -261,7 +267,7 @@ class AdapterConfig(PeftConfig):
         super().__post_init__()
         for name in self.without:
             if getattr(self, name) is not None:
-                raise ConfigError(f"{type(self).__name__} has no field {name!r}")
+                raise FieldError(f"{type(self).__name__} has no field {name!r}")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):

@@ -21,6 +21,10 @@ class ConfigError(FastAdaptError, ValueError):
     """A configuration that no model could satisfy: an unknown field, a rank of zero, a clash."""
 
 
+class FieldError(ConfigError, TypeError):
+    """A field that PEFT's configuration of this name does not have."""
+
+
 class NoConfigError(ConfigError, TypeError):
     """A JSON file that is no adapter configuration: fields that no class has, and no peft_type."""
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastadapt import targets
+from fastadapt import constants, targets
 from fastadapt.adapter import Adapter, Part
 from fastadapt.base import FrozenLayer, hold_weights
 from fastadapt.config import AdapterConfig, TaskType
@@ -113,6 +113,7 @@ def attach(model: nn.Module, made: Plan, name: str, *, autocast_adapter_dtype: b
         layer.add(name, adapter)
         adapter.start(layer.frozen)
         layer.admit(name, active, name in active and not made.config.inference_mode)
+    constants.share((model.get_submodule(path) for path in made.adapters), name)
     for path in made.saved:
         wrapper = layers.get(path) or _replace(model, path, ModulesToSaveWrapper)
         wrapper.add(name)
@@ -326,7 +327,9 @@ def _place(adapter: Adapter, base: FrozenLayer, autocast: bool, placed: dict[int
     for key, part in adapter.parts.items():
         # a part that layers share is placed once
         if id(part) not in placed:
-            placed[id(part)] = _to(part, device, dtype, autocast)
+            made = _to(part, device, dtype, autocast)
+            fixed = key in adapter.constant and isinstance(made, nn.Parameter)
+            placed[id(part)] = made.detach() if fixed else made  # type: ignore[operator]
         adapter.parts[key] = placed[id(part)]
 
 
@@ -353,7 +356,7 @@ def low_precision_warning(model: nn.Module, name: str) -> None:
     for _, layer in adapted(model):
         if isinstance(layer, AdaptedLayer) and name in layer.adapters:
             for part in layer.parts_of(name).values():
-                tensors = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
+                tensors = [part] if isinstance(part, Tensor) else list(part.parameters())
                 for tensor in tensors:
                     if tensor.requires_grad and tensor.dtype in (torch.float16, torch.bfloat16):
                         warn_low_precision(name, tensor.dtype)

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastadapt.adapter import Adapter
+from fastadapt.adapter import Adapter, Part
 from fastadapt.base import Base, Called, FrozenLayer, Stacked
+from fastadapt.constants import BufferDict
 from fastadapt.errors import FastAdaptWarning, LifecycleError
+from fastadapt.freezing import freeze, thaw
 
 BASE_NAME = "__base__"
 """In ``adapter_names``: this row takes no adapter."""
@@ -39,6 +42,7 @@ class AdaptedLayer(nn.Module):
         self._value_names: list[str] = []
         self._active: list[str] = []
         self._disabled = False
+        self._trained: dict[str, list[str]] = {}
         self.cast_input_dtype_enabled = True
         self.rows: Sequence[str] | None = None
         self._snapshots: list[Any] = []
@@ -49,11 +53,12 @@ class AdaptedLayer(nn.Module):
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        return tuple(self._part_names)
+        return tuple(k for k in self._part_names if not isinstance(getattr(self, k), BufferDict))
 
     @property
     def other_param_names(self) -> tuple[str, ...]:
-        return tuple(self._value_names)
+        constant = [k for k in self._part_names if isinstance(getattr(self, k), BufferDict)]
+        return (*constant, *self._value_names)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -62,6 +67,12 @@ class AdaptedLayer(nn.Module):
     @property
     def active_adapter(self) -> str | list[str]:
         return self._active[0] if len(self._active) == 1 else list(self._active)
+
+    # the name that PEFT's tests and tools write to
+    _active_adapter = property(
+        lambda self: self.active_adapter,
+        lambda self, names: setattr(self, "_active", [names] if isinstance(names, str) else names),
+    )
 
     @property
     def disable_adapters(self) -> bool:
@@ -107,8 +118,7 @@ class AdaptedLayer(nn.Module):
         """Take over the adapter's parts and values, on the base's device."""
         for key, part in adapter.parts.items():
             if key not in self._part_names:
-                holder = nn.ModuleDict if isinstance(part, nn.Module) else nn.ParameterDict
-                setattr(self, key, holder())
+                setattr(self, key, _holder(part, adapter.file_key(key, "") is not None))
                 self._part_names.append(key)
             held = getattr(self, key)
             if isinstance(held, nn.ModuleDict) and not isinstance(part, nn.Module):
@@ -122,23 +132,17 @@ class AdaptedLayer(nn.Module):
             getattr(self, key)[name] = value
         adapter.attach(self, name)
         self.adapters[name] = adapter
+        method = str(getattr(adapter.config.peft_type, "value", adapter.config.peft_type)).lower()
+        if type(self) is AdaptedLayer:
+            self.__class__ = _class_of(method, self._get_name().partition(".")[2])
         for part in self.parts_of(name).values():
             if isinstance(part, nn.Module):
                 part.train(self.training)
 
-    def parts_of(self, name: str) -> dict[str, nn.Module | nn.Parameter]:
-        """The modules and parameters of one adapter, by PEFT's names."""
+    def parts_of(self, name: str) -> dict[str, Part]:
+        """The modules, parameters and buffers of one adapter, by PEFT's names."""
         holders = {key: getattr(self, key) for key in self._part_names}
         return {key: holder[name] for key, holder in holders.items() if name in holder}
-
-    def constant_parts(self) -> list[nn.Module | nn.Parameter]:
-        """The parts that never train."""
-        return [
-            part
-            for name, adapter in self.adapters.items()
-            for key, part in self.parts_of(name).items()
-            if key in adapter.constant
-        ]
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these active, in this order, and trainable; all others are frozen."""
@@ -160,7 +164,13 @@ class AdaptedLayer(nn.Module):
                 self._set_requires_grad(name, requires_grad)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off; what is trainable stays as it was."""
+        """Switch all adapters on or off. None trains while it is off; what trained before does
+        again, unless ``set_adapter`` or ``set_requires_grad`` said otherwise in between."""
+        if enabled and self._disabled:
+            for name, trained in self._trained.items():
+                thaw(self.parts_of(name), trained)
+        elif not enabled and not self._disabled:
+            self._trained = {name: freeze(self.parts_of(name)) for name in self.adapters}
         self._disabled = not enabled
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -170,6 +180,7 @@ class AdaptedLayer(nn.Module):
         if adapter_name in self.merged_adapters:
             self.unmerge()
         del self.adapters[adapter_name]
+        self._trained.pop(adapter_name, None)
         for key in self._part_names + self._value_names:
             getattr(self, key).pop(adapter_name) if adapter_name in getattr(self, key) else None
         self._active = [n for n in self._active if n != adapter_name]
@@ -334,9 +345,11 @@ class AdaptedLayer(nn.Module):
         return frozen.low_rank_mixed(x, pairs, [place.get(name, -1) for name in names])
 
     def _set_requires_grad(self, name: str, flag: bool) -> None:
-        constant = self.adapters[name].constant
+        fixed = self.adapters[name].constant + self.adapters[name].frozen
+        self._trained.pop(name, None)
         for key, part in self.parts_of(name).items():
-            part.requires_grad_(flag and key not in constant)
+            if not isinstance(part, Tensor) or isinstance(part, nn.Parameter):
+                part.requires_grad_(flag and key not in fixed)
 
     def _get_name(self) -> str:
         """PEFT's name of such a layer, ``lora.Linear``, which is what printed models show."""
@@ -346,6 +359,27 @@ class AdaptedLayer(nn.Module):
             kind, type(self.base_layer).__name__
         )
         return f"{methods[0]}.{shown}" + {"bnb4": "4bit", "bnb8": "8bitLt"}.get(form, "")
+
+
+@cache
+def _class_of(method: str, shown: str) -> Any:
+    """AdaptedLayer under PEFT's name of such a layer: ``type(layer)`` tells methods and kinds
+    apart."""
+    members = {
+        "__module__": f"fastadapt.tuners.{method}.layer", "_made_by": (method, shown),
+        "__reduce_ex__": lambda self, _: (_remake, self._made_by, self.__dict__),
+    }  # fmt: skip
+    return type(shown, (AdaptedLayer,), members)
+
+
+def _remake(method: str, shown: str) -> Any:
+    return object.__new__(_class_of(method, shown))
+
+
+def _holder(part: Part, saved: bool) -> nn.Module:
+    if isinstance(part, nn.Module):
+        return nn.ModuleDict()
+    return nn.ParameterDict() if isinstance(part, nn.Parameter) else BufferDict(persistent=saved)
 
 
 def warn_low_precision(adapter: str, dtype: torch.dtype) -> None:

@@ -19,6 +19,7 @@ from fastadapt.base import release_weights
 from fastadapt.config import AdapterConfig, as_config
 from fastadapt.errors import LifecycleError
 from fastadapt.layer import AdaptedLayer
+from fastadapt.methods import METHODS, method_of
 from fastadapt.modules_to_save import ModulesToSaveWrapper
 
 
@@ -70,6 +71,10 @@ class Adapters:
             raise LifecycleError(f"expected an adapter name without a dot, got {name!r}")
         if name in self._configs:
             raise LifecycleError(f"Adapter with name {name} already exists.")
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind in METHODS:
+            alike = {n: c for n, c in self._configs.items() if c.peft_type == config.peft_type}
+            method_of(kind).check_beside(config, alike)
         trained = [n for n, c in self._configs.items() if getattr(c, "bias", "none") != "none"]
         if trained and getattr(config, "bias", "none") != "none":
             raise LifecycleError(
@@ -148,7 +153,8 @@ class Adapters:
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The base model inside the ``with``; trainability and the active set are untouched.
+        """The base model inside the ``with``, where no adapter trains; what trained before does so
+        after it, also after an exception.
 
         A model whose layers were all off stays off after it. Where some were on and some off there
         is a warning, and all are on after it."""
@@ -185,9 +191,15 @@ class Adapters:
             layer.enable_adapters(True)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; when it was active, the first that is left becomes active."""
+        """Remove an adapter; when it was active, the first that is left becomes active. Raises
+        LifecycleError while it is merged."""
         if adapter_name not in self._configs:
             raise LifecycleError(f"Adapter {adapter_name} does not exist")
+        if any(adapter_name in layer.merged_adapters for _, layer in self._adapted()):
+            raise LifecycleError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge "
+                "them first."
+            )
         was = self._active_names()
         del self._configs[adapter_name]
         for _, layer in self._adapted():
@@ -317,13 +329,10 @@ class Adapters:
         return list(names)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all); a 4-bit weight counts the weights it stands for, and constant parts of
-        adapters do not count."""
-        layers = [layer for _, layer in self._adapted() if isinstance(layer, AdaptedLayer)]
-        constant = {id(part) for layer in layers for part in layer.constant_parts()}
+        """(trainable, all); a 4-bit weight counts the weights it stands for."""
         trainable = total = 0
         for parameter in self.parameters():  # type: ignore[attr-defined]
-            count = 0 if id(parameter) in constant else _count(parameter)
+            count = _count(parameter)
             total += count
             trainable += count if parameter.requires_grad else 0
         return trainable, total

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastadapt.errors import LifecycleError, UnsupportedError
+from fastadapt.freezing import freeze, thaw
 from fastadapt.layer import BASE_NAME
 
 
@@ -30,6 +31,7 @@ class ModulesToSaveWrapper(nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self._active: list[str] = []
         self._disabled = False
+        self._trained: list[str] = []
         self.rows: Sequence[str] | None = None
 
     @property
@@ -42,6 +44,8 @@ class ModulesToSaveWrapper(nn.Module):
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.modules_to_save)
+
+    _adapters = property(_get_available_adapters)
 
     @property
     def disable_adapters(self) -> bool:
@@ -74,6 +78,7 @@ class ModulesToSaveWrapper(nn.Module):
         self._active = present = self.choose(names)
         for name, module in self.modules_to_save.items():
             module.requires_grad_(name in present and not inference_mode)
+        self._trained = []
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
@@ -81,8 +86,14 @@ class ModulesToSaveWrapper(nn.Module):
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name in self.modules_to_save:
                 self.modules_to_save[name].requires_grad_(requires_grad)
+                self._trained = [n for n in self._trained if not n.startswith(f"{name}.")]
 
     def enable_adapters(self, enabled: bool) -> None:
+        """As AdaptedLayer's; the original stays frozen."""
+        if enabled and self._disabled:
+            thaw(dict(self.modules_to_save), self._trained)
+        elif not enabled and not self._disabled:
+            self._trained = freeze(dict(self.modules_to_save))
         self._disabled = not enabled
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -107,7 +107,7 @@ class Tuner(Adapters, nn.Module):
     def _shared(self, name: str) -> Any:
         """The holder, by adapter, of a tensor that the layers share and PEFT keeps here."""
         for _, layer in self._adapted():
-            if name in getattr(layer, "adapter_layer_names", ()):
+            if name in (*layer.adapter_layer_names, *layer.other_param_names):
                 owners = [a for n, a in layer.adapters.items() if n in getattr(layer, name)]
                 if any((a.file_key(name, "") or "").startswith("/") for a in owners):
                     return getattr(layer, name)
@@ -343,7 +343,10 @@ class PeftModelForCausalLM(PeftModel):
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
-    """For ``task_type="SEQ_2_SEQ_LM"``."""
+    """For ``task_type="SEQ_2_SEQ_LM"``; ``generate`` takes its arguments by name."""
+
+    def generate(self, **kwargs: Any) -> Any:  # type: ignore[override]
+        return super().generate(**kwargs)
 
 
 class PeftModelForSequenceClassification(PeftModel):

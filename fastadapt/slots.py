@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fastadapt import inject, targets
-from fastadapt.adapter import Adapter
+from fastadapt.adapter import Adapter, Part
 from fastadapt.config import AdapterConfig
 from fastadapt.layer import AdaptedLayer
 from fastadapt.modules_to_save import ModulesToSaveWrapper
@@ -49,7 +49,8 @@ def planned(root: nn.Module, made: inject.Plan) -> dict[str, Slot]:
         original = getattr(modules[path], "original_module", modules[path])
         for key, tensor in original.state_dict().items():
             found[PREFIX + f"{path}.{key}"] = Slot("", tensor)
-    found.update(_biases(root, made.config, set(made.adapters), only=set(made.adapters)))
+    mode = getattr(made.config, "bias", "none")
+    found.update(_biases(root, mode, set(made.adapters), only=set(made.adapters)))
     return found
 
 
@@ -63,15 +64,13 @@ def existing(root: nn.Module, config: AdapterConfig, name: str) -> dict[str, Slo
             if name not in layer.adapters:
                 continue
             own.add(path)
-            for part in layer.adapter_layer_names:
-                holder = getattr(layer, part)
-                if name in holder:
-                    found.update(_of_part(path, name, part, holder[name], layer.adapters[name]))
+            for key, part in layer.parts_of(name).items():
+                found.update(_of_part(path, name, key, part, layer.adapters[name]))
         elif name in layer.modules_to_save:
             live = f"{path}.modules_to_save.{name}."
             for key, tensor in layer.modules_to_save[name].state_dict().items():
                 found[PREFIX + f"{path}.{key}"] = Slot(live + key, tensor)
-    found.update(_biases(root, config, adapted, only=own))
+    found.update(_biases(root, getattr(config, "bias", "none"), adapted, only=own))
     return found
 
 
@@ -90,6 +89,11 @@ def embeddings(root: nn.Module, adapted: set[str]) -> dict[str, Slot]:
             middle = ".base_layer" if path in adapted else ""
             found[PREFIX + f"{path}{middle}.weight"] = Slot(f"{path}{middle}.weight", weight)
     return found
+
+
+def biases(root: nn.Module, adapted: set[str]) -> dict[str, Slot]:
+    """The base's biases, whatever the configuration trains: a state dict may hold them too."""
+    return dict(_biases(root, "all", adapted, adapted))
 
 
 def adapted_paths(root: nn.Module, name: str | None = None) -> set[str]:
@@ -112,10 +116,10 @@ def _ends(root: nn.Module) -> set[int]:
 
 
 def _of_part(
-    path: str, name: str, part: str, module: nn.Module | nn.Parameter, adapter: Adapter
+    path: str, name: str, part: str, module: Part, adapter: Adapter
 ) -> Iterator[tuple[str, Slot]]:
     live = f"{path}.{part}.{name}"
-    tensors: dict[str, Tensor] = {"": module} if isinstance(module, nn.Parameter) else {}
+    tensors: dict[str, Tensor] = {"": module} if isinstance(module, Tensor) else {}
     if isinstance(module, nn.Module):
         tensors = module.state_dict(keep_vars=True)
     for leaf, tensor in tensors.items():
@@ -132,10 +136,9 @@ def _of_part(
 
 
 def _biases(
-    root: nn.Module, config: AdapterConfig, adapted: set[str], only: set[str]
+    root: nn.Module, mode: str, adapted: set[str], only: set[str]
 ) -> Iterator[tuple[str, Slot]]:
     """The base biases that ``bias="all"`` or "lora_only" trains and saves."""
-    mode = getattr(config, "bias", "none")
     if mode == "none":
         return
     for path, module in targets.walk(root):

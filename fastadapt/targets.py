@@ -20,6 +20,8 @@ ALL_LINEAR = "all-linear"
 PATTERN_SECONDS = 1.0
 _MIN_TO_CONDENSE = 20
 _NAMED = 20
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Children that FSDP and activation checkpointing put in the way; attributes pass through both."""
 _HEADS = ("classifier", "score")
 
 _QV = ["q_proj", "v_proj"]
@@ -53,6 +55,8 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     inside it (base layer, adapter parameters, trained copies) is not visited."""
     for name, child in model.named_children():
         path = f"{prefix}.{name}" if prefix else name
+        if name in _WRAPPERS:
+            path = prefix
         yield path, child
         if not is_adapted(child):
             yield from walk(child, path)
@@ -60,7 +64,7 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 def is_adapted(module: nn.Module) -> bool:
     """The module was put there by us: an adapted layer or a module that is trained whole."""
-    return hasattr(module, "adapter_layer_names")
+    return hasattr(type(module), "adapter_layer_names")
 
 
 def default_targets(

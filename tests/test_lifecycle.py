@@ -240,9 +240,18 @@ def test_deleting_the_last_one_leaves_the_base(door: Door) -> None:
 
 
 @both_doors
-def test_deleting_a_merged_one_unmerges_it(door: Door) -> None:
+def test_a_merged_one_cannot_be_deleted(door: Door) -> None:
+    """PEFT's rule: what is in the base's weights stays until it is unmerged."""
     model = adapted(door)
+    add(model)
     model.merge_adapter()
+    before = logits(model)
+    with pytest.raises(LifecycleError, match=r"Cannot delete adapter.* while they"):
+        model.delete_adapter("default")
+    assert torch.equal(logits(model), before)
+    model.delete_adapter("other")
+    assert torch.equal(logits(model), before)
+    model.unmerge_adapter()
     model.delete_adapter("default")
     assert torch.equal(logits(model), logits(tiny.model().eval()))
 
@@ -275,9 +284,10 @@ def test_doors_do_not_mix() -> None:
 
 
 @both_doors
-def test_disabled_is_the_base_and_nothing_else_changes(door: Door) -> None:
-    """PEFT's context freezes and thaws: a frozen adapter comes out trainable."""
-    model = adapted(door)
+def test_disabled_is_the_base_and_trains_nothing(door: Door) -> None:
+    """As in PEFT no adapter trains inside; there a frozen one comes out trainable, here it is as
+    it was."""
+    model = adapted(door, modules_to_save=["lm_head"])
     with_adapter, plain = logits(model), logits(tiny.model().eval())
     for flag in (True, False):
         for _, parameter in tiny.adapter_parameters(model):
@@ -285,7 +295,7 @@ def test_disabled_is_the_base_and_nothing_else_changes(door: Door) -> None:
         before = trainable(model)
         with model.disable_adapter():
             assert torch.equal(logits(model), plain)
-            assert trainable(model) == before
+            assert not trainable(model)
         assert trainable(model) == before
         assert torch.equal(logits(model), with_adapter)
 
@@ -298,9 +308,21 @@ def test_disabling_nests_and_survives_errors(door: Door) -> None:
         with model.disable_adapter():
             pass
         assert not torch.equal(logits(model), before)
+    frozen = trainable(model)
     with pytest.raises(KeyError), model.disable_adapter():
         raise KeyError
     assert torch.equal(logits(model), before)
+    assert trainable(model) == frozen
+
+
+@both_doors
+def test_what_is_activated_while_off_trains_when_on(door: Door) -> None:
+    model = adapted(door, modules_to_save=["lm_head"])
+    model.add_adapter("other", config(modules_to_save=["lm_head"]))
+    with model.disable_adapter():
+        model.set_adapter("other")
+    assert trainable(model)
+    assert all(".other." in n for n in trainable(model))
 
 
 @both_doors

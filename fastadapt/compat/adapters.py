@@ -41,7 +41,8 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: dict[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Put an adapter into ``model`` in place and return it, without a wrapper.
+    """Put an adapter into ``model`` in place and return it, without a wrapper. One of this name
+    starts anew.
 
     state_dict: the layers that it names are the targets, whatever the config says.
     low_cpu_mem_usage: parameters on the meta device, until a state dict is set."""
@@ -53,6 +54,7 @@ def inject_adapter_in_model(
     if state_dict is not None:
         config = _targeting(model, config, state_dict)
     made = inject.plan(model, config)
+    inject.clear(model, made, adapter_name)
     inject.attach(model, made, adapter_name)
     if low_cpu_mem_usage:
         for layer in _layers(model):
@@ -74,6 +76,9 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """The adapter's tensors under the keys of PEFT's files; of an injected model under its own."""
     model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
+    if state_dict is None and _is_sharded(model):
+        state_dict = model.state_dict()
+    model = _bare(model)
     found = checkpoint.adapter_state_dict(
         root_of(model), _config(model, adapter_name), adapter_name,
         state_dict=state_dict, save_embedding_layers=save_embedding_layers,
@@ -92,6 +97,7 @@ def set_peft_model_state_dict(
 
     Raises CheckpointError (a RuntimeError) for a shape that differs, unless
     ``ignore_mismatched_sizes``, which warns and leaves that tensor as it is."""
+    model = _bare(model)
     root, config = root_of(model), _config(model, adapter_name)
     if low_cpu_mem_usage:
         _materialise(root, adapter_name)
@@ -102,7 +108,8 @@ def set_peft_model_state_dict(
     given = {k if k in whole else prefix + k: v for k, v in peft_model_state_dict.items()}
     shapes = {k: tuple(v.shape) for k, v in given.items()}
     file = checkpoint.AdapterFile(config, Path("state_dict"), shapes, {}, given)
-    known = {**slots.embeddings(root, slots.adapted_paths(root)), **own}
+    adapted = slots.adapted_paths(root)
+    known = {**slots.biases(root, adapted), **slots.embeddings(root, adapted), **own}
     misshapen = [
         k for k, v in file.held.items()
         if k in known and tuple(known[k].filed(known[k].tensor.detach()).shape) != tuple(v.shape)
@@ -220,7 +227,7 @@ def cast_adapter_dtype(
         return
     for layer in _layers(model):
         for part in layer.parts_of(adapter_name).values():
-            tensors = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
+            tensors = [part] if isinstance(part, Tensor) else list(part.parameters())
             for tensor in tensors:
                 if tensor.is_floating_point() and tensor.element_size() < 4:
                     tensor.data = tensor.data.float()
@@ -321,6 +328,15 @@ def root_of(model: Any) -> nn.Module:
     return model.adapter_root if isinstance(model, Adapters) else model
 
 
+def _is_sharded(model: Any) -> bool:
+    return "_fsdp_wrapped_module" in getattr(model, "_modules", {})
+
+
+def _bare(model: Any) -> Any:
+    """The model in FSDP's wrapper."""
+    return model.module if _is_sharded(model) else model
+
+
 def _wrapped(model: Any) -> bool:
     return isinstance(model, Adapters) and model.adapter_root is not model
 
@@ -377,6 +393,8 @@ def _targeting(model: nn.Module, config: Any, state_dict: dict[str, Tensor]) -> 
 def _to_meta(layer: AdaptedLayer, name: str, part: Any) -> None:
     if isinstance(part, nn.Module):
         part.to("meta")
+        return
+    if not isinstance(part, nn.Parameter):
         return
     for key in layer.adapter_layer_names:
         holder = getattr(layer, key)

@@ -55,9 +55,11 @@ def _get_tuner_state_dict_key_prefixes(
     for path, layer in inject.adapted(root):
         if not isinstance(layer, AdaptedLayer):
             continue
-        for part in layer.adapter_layer_names:
-            holder = getattr(layer, part)
-            names = [n for n in holder if adapter_name in (None, n)]
+        for part in (*layer.adapter_layer_names, *layer.other_param_names):
+            holder: Any = getattr(layer, part)
+            if not isinstance(holder, nn.Module):
+                continue
+            names = [n for n in list(getattr(layer, part)) if adapter_name in (None, n)]
             ending = "" if adapter_name is None else f".{adapter_name}"
             for name in names:
                 found.add(".".join(p for p in (before, path, part) if p) + ending)

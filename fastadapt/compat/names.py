@@ -35,6 +35,7 @@ HOMES = {
         "check_if_peft_model rescale_adapter_scale disable_input_dtype_casting DoraCaching "
         "update_forward_signature update_generate_signature update_signature"
     ),
+    "fastadapt.constants": "BufferDict",
     _C + "tied": "_get_module_names_tied_with_embedding _get_no_split_modules",
     _C + "hotswap": (
         "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap "
@@ -136,7 +137,7 @@ LATER = (
     "get_gptqmodel_quant_linear get_quantization_config "
     "get_quantization_kwargs map_cache_to_layer_device_map quantization_extra_repr "
     "resolve_quantization_backend set_additional_trainable_modules onload_layer clone_module "
-    "replicate_layers find_parameter_name_by_module get_device_map BasePromptEncoder BufferDict "
+    "replicate_layers find_parameter_name_by_module get_device_map BasePromptEncoder "
     "LycorisConfig LycorisLayer LycorisTuner LoraVariant DoraLinearLayer DoraEmbeddingLayer "
     "DoraConv1dLayer DoraConv2dLayer DoraConv3dLayer DoraLinearVariant DoraEmbeddingVariant "
     "DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant ALoraLinearVariant "

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastadapt.errors import LifecycleError
 from fastadapt.layer import AdaptedLayer
@@ -110,8 +110,9 @@ def _layer(name: str, module: Any) -> TunerLayerStatus:
     devices: dict[str, set[str]] = {}
     for part in module.adapter_layer_names:
         for adapter, held in getattr(module, part).items():
-            for tensor in [held] if isinstance(held, nn.Parameter) else list(held.parameters()):
-                grads.setdefault(adapter, []).append(tensor.requires_grad)
+            for tensor in [held] if isinstance(held, Tensor) else list(held.parameters()):
+                if not isinstance(held, Tensor) or isinstance(held, nn.Parameter):
+                    grads.setdefault(adapter, []).append(tensor.requires_grad)
                 devices.setdefault(adapter, set()).add(tensor.device.type)
     stored = module.frozen.weight.name if isinstance(module, AdaptedLayer) else ""
     available = module.adapters if isinstance(module, AdaptedLayer) else module.modules_to_save

@@ -77,13 +77,17 @@ class AdaLoraConfig(LoraConfig):
         fields.count(self, "target_r", "init_r", "deltaT")
         for name in ("use_dora", "loftq_config", "lora_bias"):
             if getattr(self, name):
-                raise ConfigError(f"{name}: AdaLoRA does not support it")
+                shown = {"use_dora": "DoRA", "loftq_config": "LOFTQ"}.get(name, name)
+                raise ConfigError(f"{name}: ADALORA does not support {shown}")
         if self.total_step is None or self.total_step <= 0:
             raise ConfigError(
                 "AdaLoRA does not work when `total_step` is None, supply a value > 0."
             )
         if not self.orth_reg_weight >= 0:
-            raise ConfigError(f"orth_reg_weight: expected at least 0, got {self.orth_reg_weight}")
+            raise ConfigError(
+                "`orth_reg_weight` should be greater than or equal to 0, but the value passed is "
+                f"{self.orth_reg_weight}"
+            )
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected 0 < beta < 1, got {getattr(self, name)!r}")
@@ -124,6 +128,14 @@ class AdaLora(PairAdapter):
     def variant(cls, config: AdaLoraConfig) -> type[AdaLora]:
         config.check_plain()
         return cls
+
+    @classmethod
+    def check_beside(cls, config: AdaLoraConfig, others: dict[str, Any]) -> None:
+        if sum(not c.inference_mode for c in (config, *others.values())) > 1:
+            raise ConfigError(
+                "AdaLoraModel supports only 1 trainable adapter. When using multiple adapters, set "
+                "inference_mode to True for all adapters except the one you want to train."
+            )
 
     def build(self, base: Base, shared: Any) -> None:
         config: AdaLoraConfig = self.config

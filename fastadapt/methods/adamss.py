@@ -66,10 +66,12 @@ class AdamssConfig(AdapterConfig):
             raise ConfigError(f"init_weights must be 'orthogonal' or None, got {self.init_weights}")
         if not self.use_asa:
             return
-        fields.count(self, "mask_interval", "asa_target_subspaces")
+        fields.count(self, "mask_interval", "asa_target_subspaces",
+                     needs="must be a positive integer when `use_asa=True`, got")  # fmt: skip
         if self.init_warmup >= self.final_warmup:
             raise ConfigError(
-                "`init_warmup` must be smaller than `final_warmup` when `use_asa=True`, got "
+                "`init_warmup` must be smaller than `final_warmup` when `use_asa=True` so that ASA "
+                "has a non-empty pruning ramp, got "
                 f"init_warmup={self.init_warmup} and final_warmup={self.final_warmup}."
             )
         if not self.asa_schedule_exponent > 0:

@@ -45,7 +45,7 @@ class Blocks(nn.Module):
     def __init__(self, n: int, rows: int, columns: int) -> None:
         super().__init__()
         if rows % n or columns % n:
-            raise ConfigError(f"BD-LoRA: {rows} x {columns} is not divisible into {n} blocks")
+            raise ConfigError(f"BD-LoRA: {rows} x {columns} is not divisible by {n} blocks")
         self.nblocks = n
         self.weight = nn.Parameter(torch.empty(rows, columns // n))
 

@@ -12,14 +12,15 @@ from fastadapt.errors import ConfigError, FastAdaptWarning
 MAX_COUNT = 1 << 28
 
 
-def count(config: Any, *names: str) -> None:
-    """Each field is an integer from 1 to ``MAX_COUNT``."""
+def count(config: Any, *names: str, needs: str = "") -> None:
+    """Each field is an integer from 1 to ``MAX_COUNT``; needs: what a message says instead."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"{name}: expected an integer, got {value!r}")
         if not 0 < value <= MAX_COUNT:
-            raise ConfigError(f"`{name}` should be a positive integer value, got {value}")
+            usual = "should be a positive integer value but the value passed is"
+            raise ConfigError(f"`{name}` {needs or usual} {value}{'.' if needs else ''}")
 
 
 def rate(config: Any, name: str) -> None:

@@ -15,7 +15,7 @@ Source: FRoD (doi.org/10.1609/aaai.v40i31.39813).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,13 @@ class FrodConfig(AdapterConfig):
 
 class Frod(Adapter):
     name, prefix, Config = "frod", "frod_", FrodConfig
+    must_agree: ClassVar = {
+        "projection_prng_key": "FRoD projection initialization key must be the same for all "
+        "adapters",
+        "save_projection": "FRoD projection weights must be saved for all adapters or none",
+        "runtime_offload_base_weight": "FRoD runtime base-weight offloading must be enabled for "
+        "all adapters or none",
+    }
     constant = ("frod_V", "frod_s_indices", "frod_s_size", "frod_U", "_frod_start")
 
     @classmethod

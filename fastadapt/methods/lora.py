@@ -49,7 +49,7 @@ class Lora(DeltaAdapter):
     def build(self, base: Base, shared: Any) -> None:
         config: LoraConfig = self.config
         if base.indexed and config.lora_bias:
-            raise UnsupportedError("lora_bias=True is not supported for an embedding")
+            raise UnsupportedError("lora_bias=True is not supported for Embedding.")
         prefix = self._prefix = "lora_embedding_" if base.indexed else "lora_"
         a, b = base.pair(config.r, config.lora_bias)
         init = init_of(config.init_lora_weights)
@@ -61,7 +61,7 @@ class Lora(DeltaAdapter):
         if config.lora_bias and config.init_lora_weights:
             nn.init.zeros_(b.bias)  # type: ignore[arg-type, union-attr]
         if init.frozen:
-            self.constant = tuple(prefix + part for part in init.frozen)
+            self.frozen = tuple(prefix + part for part in init.frozen)
         p = config.lora_dropout
         self.parts = {
             "lora_dropout": nn.Dropout(p) if p > 0 else nn.Identity(), prefix + "A": a,

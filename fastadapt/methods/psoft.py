@@ -69,7 +69,7 @@ class PsoftConfig(AdapterConfig):
             unused["num_cayley_neumann_terms"] = (5, "use_cayley_neumann=True")
             unused["cayley_neumann_eps"] = (None, "use_cayley_neumann=True")  # type: ignore[assignment]
         else:
-            fields.count(self, "num_cayley_neumann_terms")
+            fields.count(self, "num_cayley_neumann_terms", needs="must be a positive integer; got")
             eps = self.cayley_neumann_eps
             if eps is not None and not 0 < eps < 1:
                 raise ConfigError(f"`cayley_neumann_eps` must be in (0, 1) when set; got {eps}.")

@@ -11,7 +11,7 @@ Source: PVeRA (arXiv 2512.07703).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,10 @@ class PveraConfig(AdapterConfig):
 
 class Pvera(PairAdapter):
     name, prefix, Config = "pvera", "pvera_lambda_", PveraConfig
+    must_agree: ClassVar = {
+        "projection_prng_key": "PVeRA PRNG initialisation key must be the same for all adapters",
+        "save_projection": "PVeRA projection weights must be saved for all adapters or none",
+    }
     constant = ("pvera_A", "pvera_B")
     dropout = "pvera_dropout"
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,10 @@ class RandLoraConfig(AdapterConfig):
 
 class RandLora(DenseDelta):
     name, prefix, Config = "randlora", "randlora_", RandLoraConfig
+    must_agree: ClassVar = {
+        "projection_prng_key": "RandLora PRNG initialisation key must be the same for all adapters",
+        "save_projection": "RandLora projection weights must be saved for all adapters or none",
+    }
     constant = ("randlora_A", "randlora_B")
     dropout = "randlora_dropout"
 

@@ -63,8 +63,8 @@ class Road(Adapter):
         out, group = base.shape[0], config.group_size
         if out % group:
             raise UnsupportedError(
-                f"The out_features of the base layer ({out}) must be divisible by group_size "
-                f"({group}) when using RoadLayer."
+                f"The out_features of the base layer must be divisible by group_size ({group}) "
+                f"when using RoadLayer. It has {out}."
             )
         times, parts = _SIZES[config.variant]
         theta = nn.Parameter(torch.zeros(out * times // parts))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,9 @@ class SupertuningConfig(AdapterConfig):
 
 class Supertuning(DenseDelta):
     name, prefix, Config = "supertuning", "supertuning_", SupertuningConfig
+    must_agree: ClassVar = {
+        "save_precomputed_indices": "Super-Tuning indices must be saved for all adapters or none",
+    }
     constant = ("supertuning_indices",)
 
     def build(self, base: Base, shared: Any) -> None:

@@ -11,7 +11,7 @@ Source: TinyLoRA (arXiv 2602.04118).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,9 @@ class TinyLoraConfig(AdapterConfig):
 
 class TinyLora(PairAdapter):
     name, prefix, Config = "tinylora", "tinylora_", TinyLoraConfig
+    must_agree: ClassVar = {
+        "save_projection": "TinyLoRA projection tensors must be saved for all adapters or none",
+    }
     constant = ("tinylora_A", "tinylora_B", "tinylora_P")
     dropout = "tinylora_dropout"
 

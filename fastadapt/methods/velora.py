@@ -32,8 +32,12 @@ class VeloraConfig:
     init_type: str = "batch_average"
 
     def __post_init__(self) -> None:
-        fields.count(self, "num_groups")
-        fields.choice(self, "init_type", ("batch_average", "batch_average_once", "random"))
+        fields.count(self, "num_groups", needs="should be positive, got")
+        if self.init_type not in ("batch_average_once", "batch_average", "random"):
+            raise ConfigError(
+                f"Unsupported `init_type` {self.init_type!r}. Supported values are "
+                "'batch_average_once', 'batch_average', and 'random'."
+            )
         if not self.scale > 0:
             raise ConfigError(f"`scale` should be positive, got {self.scale}.")
 

@@ -12,7 +12,7 @@ Source: VeRA (arXiv 2310.11454).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,10 @@ class VeraConfig(AdapterConfig):
 
 class Vera(PairAdapter):
     name, prefix, Config = "vera", "vera_lambda_", VeraConfig
+    must_agree: ClassVar = {
+        "projection_prng_key": "Vera PRNG initialisation key must be the same for all adapters",
+        "save_projection": "VeRA projection weights must be saved for all adapters or none",
+    }
     constant = ("vera_A", "vera_B")
     dropout = "vera_dropout"
 
