@@ -88,35 +88,32 @@ CASES = [
 def test_low_rank_is_within_the_budget(
     case: tuple[int, int, int, int, float], dtype: torch.dtype, device: str
 ) -> None:
-    """y and every gradient against float64: twice what plain PyTorch errs in the same dtype, and
-    what one rounding of the inputs does, since for one token the largest error of plain PyTorch is
-    that of few sums."""
+    """y and every gradient against float64: twice what plain PyTorch errs in the same dtype. Over
+    four draws together, since da of one token has but r errors of du in it, and the largest of so
+    few says little."""
     m, k, n, r, p = case
-    bits = weight(n, k, device, dtype)
-    g = torch.Generator().manual_seed(m + k + r)
-    leaves = [torch.randn(s, generator=g) / s[-1] ** 0.5 for s in ((m, k), (r, k), (n, r), (n,))]
-    leaves = [leaf.to(device, dtype) for leaf in leaves]
-    grad = torch.randn(m, n, generator=g).to(device, dtype)
-
-    def with_impl(name: str, *kinds: torch.dtype, unit: float = 0.0) -> list[Tensor]:
-        torch.manual_seed(2)
-        kind = kinds[0] if kinds else dtype
-        held = bits._replace(dtype=dtype)
-        xs = [leaf.to(kind) for leaf in leaves]
-        xs = [(v + v * unit * v.sin().sign()).detach().requires_grad_() for v in xs]
-        with dispatch.use(name):
-            if kinds:
-                y = by_hand(*xs, nf4_dequant(held).to(kind), p)
-            else:
-                y = low_rank(*xs[:3], 1.7, bits=held, bias=xs[3], p=p, compute=dtype, out=dtype)
-        return [y.detach(), *torch.autograd.grad(y, xs, grad.to(y.dtype))]
-
-    oracle, plain = with_impl("reference", F64), with_impl("reference", dtype)
-    moved = with_impl("reference", F64, unit=torch.finfo(dtype).eps / 2)
-    got = with_impl(implementation(device))
+    held = weight(n, k, device, dtype)
+    runs: dict[str, list[list[Tensor]]] = {"oracle": [], "plain": [], "got": []}
+    for draw in range(4):
+        g = torch.Generator().manual_seed(4 * (m + k) + draw)
+        shapes = ((m, k), (r, k), (n, r), (n,))
+        leaves = [(torch.randn(s, generator=g) / s[-1] ** 0.5).to(device, dtype) for s in shapes]
+        grad = torch.randn(m, n, generator=g).to(device, dtype)
+        for name, kind in (("oracle", F64), ("plain", dtype), ("got", dtype)):
+            torch.manual_seed(draw)
+            xs = [leaf.to(kind).requires_grad_() for leaf in leaves]
+            with dispatch.use(implementation(device) if name == "got" else "reference"):
+                if name == "got":
+                    y = low_rank(*xs[:3], 1.7, bits=held, bias=xs[3], p=p, compute=dtype, out=dtype)
+                else:
+                    y = by_hand(*xs, nf4_dequant(held).to(kind), p)
+                found = torch.autograd.grad(y, xs, grad.to(kind))
+            runs[name].append([y.detach(), *found])
     for i, name in enumerate(("y", "dx", "da", "db", "dbias")):
-        cost = float((moved[i] - oracle[i]).abs().max())
-        check(got[i], plain[i], oracle[i], cost=cost, what=name)
+        got, plain, oracle = (
+            torch.stack([run[i] for run in runs[k]]) for k in ("got", "plain", "oracle")
+        )
+        check(got, plain, oracle, what=name)
 
 
 def by_hand(x: Tensor, a: Tensor, b: Tensor, bias: Tensor, w: Tensor, p: float) -> Tensor:

@@ -102,6 +102,30 @@ def test_low_rank_under_autocast_is_what_it_is_without(
         assert torch.equal(got[name], want[name])
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("m", [1, 17, 70])
+@pytest.mark.parametrize("bits", ["dense", "nf4"])
+def test_a_large_low_rank_part_does_not_coarsen_the_base_product(
+    bits: str, m: int, dtype: torch.dtype, implementation: str, device: str
+) -> None:
+    """Sums that start from the low-rank part, 64 times the base product, round at its size. That
+    part has one term here, a power of two times an input, and so no error of its own."""
+    case = LowRankCase(m=m, n=512, k=512, r=1, bits=bits, dtype=dtype, bias=False)
+    t = case.make(device=device)
+    one, all_ = torch.zeros_like(t.a), torch.ones_like(t.a)
+    one[0, 0] = 1
+    steep = LowRankCase(scale=64.0, dtype=dtype)
+    w = t.w.double()
+    with dispatch.use(implementation):
+        y = ours(steep, t)(t.x, one, all_.t().contiguous(), None)
+        x = t.x.detach().requires_grad_()
+        ours(steep, t)(x, all_, one.t().contiguous(), None).backward(t.g)
+    for got, v, product in ((y, t.x, lambda v, w: v @ w.t()), (x.grad, t.g, lambda v, w: v @ w)):
+        exact = product(v.double(), w) + 64 * v[:, :1].double()
+        plain = product(v, t.w) + 64 * v[:, :1]
+        assert (got - exact).norm() <= 2 * (plain - exact).norm()
+
+
 def test_low_rank_saves_x_and_u_and_a_seed_and_nothing_else(
     implementation: str, device: str
 ) -> None:

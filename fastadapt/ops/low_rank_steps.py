@@ -15,7 +15,7 @@ from fastadapt.ops import native, scratch
 from fastadapt.ops.bits import Bits, Dense, Nf4
 from fastadapt.ops.dropout import dropout_native, dropout_reference
 from fastadapt.ops.nf4 import nf4_dequant_into, nf4_dequant_reference
-from fastadapt.ops.precision import product_dtype
+from fastadapt.ops.precision import HALVES, product_dtype
 
 
 class Steps(NamedTuple):
@@ -40,15 +40,21 @@ Decode = Callable[[Bits, torch.dtype, torch.dtype], Tensor]
 
 def _decoded_product(decode: Decode) -> Callable[..., Tensor]:
     """y + x W^T around a decoder: (bits, compute, math) -> W (n, k), rounded to ``compute`` and
-    held in ``math``."""
+    held in ``math``.
+
+    With beta = 1 a CPU's fp32 product starts its sums from y, so that each of their roundings is
+    one of y's size: 2.8 times plain PyTorch's error where y is 100 times the product of 1536
+    terms, 11 times for one token. cuBLAS and the 16-bit products add y to the finished sum."""
 
     def product(y: Tensor, x: Tensor, bits: Bits, compute: torch.dtype, transposed: bool) -> Tensor:
         math = product_dtype(compute, x.device)
         w = decode(bits, compute, math)
         w = w.t() if transposed else w
-        if y.dtype == math:
-            return y.addmm_(x.to(math), w)
-        return y + (x.to(math) @ w).to(y.dtype)
+        if y.dtype != math:
+            return y + (x.to(math) @ w).to(y.dtype)
+        if y.device.type == "cpu" and math not in HALVES:
+            return y.add_(x.to(math) @ w)
+        return y.addmm_(x.to(math), w)
 
     return product
 
@@ -123,9 +129,9 @@ def _native_product(
         native.nf4_product_(total, x.to(compute).contiguous(), *asked, transposed)
         return total
     if whole and 0 < x.shape[0] <= FEW_TOKENS:
-        total = y.float().contiguous()
+        total = y.new_zeros(y.shape, dtype=torch.float32)
         native.nf4_product_(total, x.float().contiguous(), *asked, transposed)
-        return total.to(y.dtype)
+        return total.add_(y).to(y.dtype)
     return _native_decoded(y, x, bits, compute, transposed)
 
 
