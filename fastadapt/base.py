@@ -137,17 +137,22 @@ class FrozenLayer:
     def read(self) -> tuple[Tensor, Tensor | None]:
         return self.kind.orient(self.weight.read()), self.bias
 
-    def write(self, w: Tensor, bias: Tensor | None) -> None:
-        """Store a merged weight (and bias, when there is one) in new tensors."""
+    def write(self, w: Tensor, bias: Tensor | None, *, refit: bool = False) -> None:
+        """Store a merged weight (and bias, when there is one) in new tensors; ``refit``: in codes
+        that keep what w changes."""
         if bias is not None and not hasattr(self.layer, "bias"):
             raise UnsupportedError(f"a {self.kind.name} layer has no bias to merge into")
-        self.weight.write(self.kind.orient(w))
+        (self.weight.refit if refit else self.weight.write)(self.kind.orient(w))
         if bias is not None:
             old = self.bias
             dtype = self.weight.dtype if old is None else old.dtype
             self.layer.bias = nn.Parameter(
                 bias.detach().to(dtype).clone(), requires_grad=old is not None and old.requires_grad
             )
+
+    def in_16_bit(self, w: Tensor, bias: Tensor | None) -> nn.Module | None:
+        """A layer with this weight unquantised; None where the layer is not quantised."""
+        return self.weight.in_16_bit(self.kind.orient(w), bias)
 
     def snapshot(self) -> tuple[tuple[Any, ...], Tensor | None]:
         """The stored tensors as they are; ``write`` leaves them alone."""

@@ -21,6 +21,7 @@ from fastadapt.base import Base, Called, FrozenLayer, Stacked
 from fastadapt.constants import BufferDict
 from fastadapt.errors import FastAdaptWarning, LifecycleError
 from fastadapt.freezing import freeze, thaw
+from fastadapt.merge import LEAST, LayerMerge, check_keep, write
 
 BASE_NAME = "__base__"
 """In ``adapter_names``: this row takes no adapter."""
@@ -46,6 +47,7 @@ class AdaptedLayer(nn.Module):
         self.cast_input_dtype_enabled = True
         self.rows: Sequence[str] | None = None
         self._snapshots: list[Any] = []
+        self.merge_share: LayerMerge | None = None
         self.frozen.weight.attach()
         self.train(base_layer.training)
 
@@ -212,12 +214,21 @@ class AdaptedLayer(nn.Module):
 
     # merging
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> bool:
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        keep: str | None = None,
+        keep_share: float = LEAST,
+    ) -> bool:
         """Write the adapters (default: the active ones) into the base weight; False when there
-        was nothing to do.
+        was nothing to do. ``merge_share`` says afterwards what the weight's format kept of them.
 
-        ``safe_merge``: refuse a merged weight that is not finite. ``unmerge`` restores the stored
-        bits exactly."""
+        ``safe_merge``: refuse a merged weight that is not finite; ``keep``: what to do when less
+        than ``keep_share`` is kept, see ``fastadapt.merge``. ``unmerge`` restores the stored bits
+        exactly."""
+        check_keep(keep, keep_share)
         if isinstance(adapter_names, str):
             raise LifecycleError(
                 f"adapter_names should be a list of strings, got {adapter_names!r}."
@@ -243,9 +254,12 @@ class AdaptedLayer(nn.Module):
                     f"NaNs detected in the merged weights. The adapter {names[0]} seems to be "
                     "broken"
                 )
-            held = self.frozen.snapshot()
-            self.frozen.write(w, None if bias is held[1] else bias)
-        self._snapshots.append((held, list(self.merged_adapters)))
+            frozen, held = self.frozen, self.frozen.snapshot()
+            new_bias = None if bias is held[1] else bias
+            self.merge_share, wide = write(frozen, w, new_bias, keep, keep_share)
+        self._snapshots.append((frozen, held, list(self.merged_adapters)))
+        if wide is not None:
+            self.base_layer, self.frozen = wide, FrozenLayer(wide)
         self.merged_adapters.extend(names)
         return True
 
@@ -260,7 +274,8 @@ class AdaptedLayer(nn.Module):
     def undo_merge(self) -> None:
         """Put the base weight back as it was before the last merge that is still there."""
         device = self.weight.device
-        held, self.merged_adapters = self._snapshots.pop()
+        self.frozen, held, self.merged_adapters = self._snapshots.pop()
+        self.base_layer, self.merge_share = self.frozen.layer, None
         self.frozen.restore(held)
         self.base_layer.to(device)
 

@@ -20,6 +20,7 @@ from fastadapt.config import AdapterConfig, as_config
 from fastadapt.errors import LifecycleError
 from fastadapt.layer import AdaptedLayer
 from fastadapt.methods import METHODS, method_of
+from fastadapt.merge import LEAST, MergeReport, leave_out
 from fastadapt.modules_to_save import ModulesToSaveWrapper
 
 
@@ -265,34 +266,65 @@ class Adapters:
     # merging
 
     def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False
-    ) -> None:
-        """Write adapters (default: the active ones) into the base weights; see AdaptedLayer. When
-        one layer cannot, none is merged."""
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        keep: str | None = None,
+        keep_share: float = LEAST,
+    ) -> MergeReport:
+        """Write adapters (default: the active ones) into the base weights. When one layer cannot,
+        none is merged.
+
+        Gives for each layer the share of its update that the weight's format kept, and warns where
+        that is less than ``keep_share``; ``keep="refit"`` stores such layers in codes that keep it,
+        ``keep="16bit"`` unquantised. See ``fastadapt.merge`` and docs/merging.md."""
         done: list[AdaptedLayer] = []
+        report = MergeReport()
         try:
-            for _, layer in self._adapted():
-                if isinstance(layer, AdaptedLayer) and layer.merge(safe_merge, adapter_names):
+            for path, layer in self._adapted():
+                if isinstance(layer, AdaptedLayer) and layer.merge(
+                    safe_merge, adapter_names, keep=keep, keep_share=keep_share
+                ):
                     done.append(layer)
+                    report.add(path, layer.merge_share)
         except BaseException:
             for layer in done:
                 layer.undo_merge()
             raise
+        self._reported(report, keep_share)
+        return report
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights, to the bit."""
+        vars(self.adapter_root).pop("merge_report", None)
         for _, layer in self._adapted():
             if isinstance(layer, AdaptedLayer) and layer.merged:
                 layer.unmerge()
 
+    @property
+    def merge_report(self) -> MergeReport | None:
+        """What the last merge kept of the updates; None without one. The model that
+        ``merge_and_unload`` gives has it too."""
+        report: MergeReport | None = vars(self.adapter_root).get("merge_report")
+        return report
+
+    def _reported(self, report: MergeReport, keep_share: float) -> None:
+        if report.layers:
+            report.warn(keep_share)
+            vars(self.adapter_root)["merge_report"] = report
+
     def _strip(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None, progressbar: bool
-    ) -> nn.Module:
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None, progressbar: bool,
+        **keep: Any,
+    ) -> nn.Module:  # fmt: skip
         """Take every adapted layer out of the root, merged or as it was."""
         root, layers = self.adapter_root, list(self._adapted())
+        report = MergeReport()
+        vars(root).pop("merge_report", None)
         if merge and safe_merge:
             # all layers are checked before the first is taken out
-            self.merge_adapter(adapter_names, safe_merge=True)
+            self.merge_adapter(adapter_names, safe_merge=True, **keep)
         for path, layer in _progress(layers, progressbar):
             if isinstance(layer, ModulesToSaveWrapper):
                 chosen = adapter_names or layer.active_adapters
@@ -300,10 +332,14 @@ class Adapters:
                 inject.put(root, path, kept[0] if merge and kept else layer.original_module)
                 continue
             if merge and not safe_merge:
-                layer.merge(adapter_names=adapter_names)
+                layer.merge(adapter_names=adapter_names, **keep)
             elif not merge and layer.merged:
                 layer.unmerge()
+            report.add(path, layer.merge_share)
             inject.put(root, path, layer.base_layer)
+        if merge:
+            self._reported(report, keep.get("keep_share", LEAST))
+            leave_out(root, report)
         release_weights(root)
         penalties.detach(root)
         if vars(root).get("peft_config") is self._configs:

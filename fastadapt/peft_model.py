@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastadapt import checkpoint, inject
 from fastadapt.config import AdapterConfig, TaskType, as_config
 from fastadapt.errors import FastAdaptWarning, LifecycleError
+from fastadapt.merge import LEAST
 from fastadapt.methods import METHODS, method_of
 from fastadapt.model import Adapters
 
@@ -53,11 +54,17 @@ class Tuner(Adapters, nn.Module):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
+        *,
+        keep: str | None = None,
+        keep_share: float = LEAST,
     ) -> nn.Module:
-        """The base model, the adapters (default: the active ones) in its weights."""
+        """The base model, the adapters (default: the active ones) in its weights; ``keep`` is
+        ``merge_adapter``'s, and ``merge_report`` of the model says what was kept."""
         from fastadapt.patch.inplace import untie
 
-        model = self._strip(True, safe_merge, adapter_names, progressbar)
+        model = self._strip(
+            True, safe_merge, adapter_names, progressbar, keep=keep, keep_share=keep_share
+        )
         untie(model)
         return model
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastadapt import checkpoint, inject
 from fastadapt.config import as_config
 from fastadapt.errors import LifecycleError, TargetError
+from fastadapt.merge import LEAST
 from fastadapt.model import Adapters
 
 
@@ -81,9 +82,13 @@ class PatchedModel(Adapters):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
+        *,
+        keep: str | None = None,
+        keep_share: float = LEAST,
     ) -> nn.Module:
-        """The plain model again, the adapters (default: the active ones) in its weights."""
-        self._strip(True, safe_merge, adapter_names, progressbar)
+        """The plain model again, the adapters (default: the active ones) in its weights; ``keep``
+        is ``merge_adapter``'s, and ``merge_report`` of the model says what was kept."""
+        self._strip(True, safe_merge, adapter_names, progressbar, keep=keep, keep_share=keep_share)
         return _restore(self)
 
     def unload(self) -> nn.Module:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from fastadapt.ops.bits import Nf4
 from fastadapt.ops.nf4 import nf4_dequant
+from fastadapt.weights.refit import refit
+from fastadapt.weights.sixteen import Linear16
 from fastadapt.weights.weight import Weight
 
 _REPACK = "support_avx512bf16_for_cpu"
@@ -92,6 +95,29 @@ class Bnb4bit(Weight):
         ).to(old.device)  # fmt: skip
         layer.weight.quant_state.dtype = old.quant_state.dtype
 
+    def refit(self, w: Tensor) -> None:
+        """On the scales that the weight has or on those that ``w`` itself asks for, whichever
+        leaves the smaller error."""
+        layer, old = self.layer, self.bits()
+        state = copy.deepcopy(layer.weight.quant_state)
+        change = w.float() - self.read().float()
+        before = nf4_dequant(old._replace(dtype=torch.float32))
+        self.write(w)
+        errors, packed = [], []
+        for bits in (old, self.bits()):
+            scale, (levels, places) = _scales(bits), _levels(bits.code)
+            index = refit(before, change, levels, scale)
+            errors.append((levels[index] * scale - before - change).square().sum())
+            packed.append(_packed(places[index], bits.packed))
+        stays = bool(errors[0] <= errors[1])
+        if stays:
+            layer.weight.quant_state = layer.quant_state = state
+        data = layer.weight.data
+        layer.weight.data = packed[0 if stays else 1].view(data.dtype).view(data.shape)
+
+    def in_16_bit(self, w: Tensor, bias: Tensor | None) -> nn.Module:
+        return _dense(self, w, bias, self.layer.compute_dtype)
+
     def snapshot(self) -> tuple[Any, ...]:
         return self.layer.weight, self.layer.quant_state
 
@@ -117,18 +143,47 @@ class Bnb8bit(Weight):
 
     def read(self) -> Tensor:
         weight: Tensor = self.layer.weight
-        state = self.layer.state
         if weight.dtype != torch.int8:
             return weight.detach()
-        rows: Tensor = state.SCB if state.SCB is not None else self.layer.weight.SCB
-        return weight.data.float() * (rows.float().view(-1, 1) / 127)
+        return weight.data.float() * (self._rows().float().view(-1, 1) / 127)
 
     def write(self, w: Tensor) -> None:
         old, layer = self.layer.weight, self.layer
+        # bitsandbytes quantises on the way from the CPU only
         layer.weight = type(old)(
-            w.float().contiguous(), requires_grad=False, has_fp16_weights=old.has_fp16_weights
+            w.float().contiguous().cpu(), requires_grad=False, has_fp16_weights=old.has_fp16_weights
         ).to(old.device)
         layer.state.CB = layer.state.SCB = None
+
+    def refit(self, w: Tensor) -> None:
+        """On the rows' scales or on those that ``w`` itself asks for, whichever leaves the smaller
+        error."""
+        if self.layer.weight.dtype != torch.int8:
+            self.write(w)
+            return
+        before, old = self.read().float(), self._rows()
+        change = w.float() - before
+        levels = torch.arange(-127, 128, device=w.device).float() / 127
+        self.write(w)
+        weight = self.layer.weight
+        errors, found, scales = [], [], (old.float().view(-1, 1), weight.SCB.float().view(-1, 1))
+        for scale in scales:
+            index = refit(before, change, levels, scale)
+            errors.append((levels[index] * scale - before - change).square().sum())
+            found.append((index - 127).to(torch.int8))
+        stays = bool(errors[0] <= errors[1])
+        weight.data = weight.CB = found[0 if stays else 1]
+        if stays:
+            weight.SCB = old.clone()
+
+    def in_16_bit(self, w: Tensor, bias: Tensor | None) -> nn.Module | None:
+        return _dense(self, w, bias, None) if self.layer.weight.dtype == torch.int8 else None
+
+    def _rows(self) -> Tensor:
+        """SCB, wherever bitsandbytes keeps it at the moment."""
+        state, weight = self.layer.state, self.layer.weight
+        rows: Tensor = state.SCB if state.SCB is not None else weight.SCB
+        return rows
 
     def snapshot(self) -> tuple[Any, ...]:
         weight, state = self.layer.weight, self.layer.state
@@ -137,6 +192,34 @@ class Bnb8bit(Weight):
     def restore(self, held: tuple[Any, ...]) -> None:
         layer = self.layer
         layer.weight, layer.weight.CB, layer.weight.SCB, layer.state.CB, layer.state.SCB = held
+
+
+def _scales(bits: Nf4) -> Tensor:
+    """absmax of the block of each value: (n, k)."""
+    ones = torch.ones_like(bits.code)
+    return nf4_dequant(bits._replace(code=ones, dtype=torch.float32))
+
+
+def _levels(code: Tensor) -> tuple[Tensor, Tensor]:
+    """The different values of a codebook, ascending, and the place of each in it."""
+    levels, inverse = code.float().unique(return_inverse=True)
+    places = torch.zeros_like(levels, dtype=torch.long)
+    return levels, places.scatter(0, inverse, torch.arange(len(code), device=code.device))
+
+
+def _packed(codes: Tensor, like: Tensor) -> Tensor:
+    """(n, k) codes, two a byte, the even one in the high half, as many bytes as ``like``."""
+    flat = codes.flatten().to(torch.uint8)
+    whole = torch.zeros(like.numel() * 2, dtype=torch.uint8, device=codes.device)
+    whole[: len(flat)] = flat
+    return whole[::2] << 4 | whole[1::2]
+
+
+def _dense(weight: Weight, w: Tensor, bias: Tensor | None, compute: Any) -> nn.Module:
+    """In the half precision that the layer computes in, else in bfloat16."""
+    half = (torch.float16, torch.bfloat16)
+    dtype = next((d for d in (compute, weight.dtype) if d in half), torch.bfloat16)
+    return Linear16(w, bias, dtype).train(weight.layer.training)
 
 
 def _is(layer: nn.Module, name: str) -> bool:

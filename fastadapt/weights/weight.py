@@ -33,6 +33,16 @@ class Weight(ABC):
     def write(self, w: Tensor) -> None:
         """Store ``w`` in new tensors, requantised; the old ones are left as they are."""
 
+    def refit(self, w: Tensor) -> None:
+        """Like ``write``, but with codes that keep what ``w`` changes, at more error elsewhere; the
+        same as ``write`` for a format without codes."""
+        self.write(w)
+
+    def in_16_bit(self, w: Tensor, bias: Tensor | None) -> nn.Module | None:
+        """A layer with ``w`` unquantised, to stand in this one's place; None where the layer is not
+        quantised."""
+        return None
+
     def snapshot(self) -> tuple[Any, ...]:
         """The stored tensors as they are; ``write`` leaves them alone."""
         return (self.layer.weight,)
