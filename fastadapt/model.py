@@ -19,8 +19,8 @@ from fastadapt.base import release_weights
 from fastadapt.config import AdapterConfig, as_config
 from fastadapt.errors import LifecycleError
 from fastadapt.layer import AdaptedLayer
-from fastadapt.methods import METHODS, method_of
 from fastadapt.merge import LEAST, MergeReport, leave_out
+from fastadapt.methods import METHODS, method_of
 from fastadapt.modules_to_save import ModulesToSaveWrapper
 
 
