@@ -103,7 +103,8 @@ def write(
     def share() -> float:
         if not whole > 0:
             return 1.0
-        return (((frozen.read()[0].float() - before) * asked).sum() / whole.square()).item()
+        change = frozen.read()[0].float() - before
+        return float((change * asked).sum() / whole.square())
 
     held = frozen.snapshot()
     frozen.write(w, bias)
