@@ -16,9 +16,8 @@ class Linear16(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = w.shape
         self.weight = nn.Parameter(w.detach().to(dtype).contiguous(), requires_grad=False)
-        self.bias = (
-            None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
-        )
+        made = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
+        self.register_parameter("bias", made)
 
     def forward(self, x: Tensor) -> Tensor:
         w, bias = self.weight, self.bias
