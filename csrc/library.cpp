@@ -10,5 +10,15 @@ STABLE_TORCH_LIBRARY(fastadapt_native, m) {
       "nf4_product_(Tensor(a!) y, Tensor x, Tensor packed, Tensor absmax, Tensor code, Tensor? nested_absmax, "
       "Tensor? nested_code, Tensor? offset, int blocksize, int nested_blocksize, int n, int k, ScalarType dtype, "
       "bool transposed) -> ()");
+  m.def(
+      "low_rank_fwd(Tensor x, Tensor? bias, Tensor a, Tensor b, float scale, float p, Tensor? seed, Tensor? w, Tensor? absmax, "
+      "Tensor? code, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int blocksize, int nested_blocksize, "
+      "ScalarType dtype) -> (Tensor, Tensor)");
+  m.def(
+      "low_rank_bwd(Tensor g, Tensor x, Tensor u, Tensor a, Tensor b, float scale, float p, Tensor? seed, bool need_x, "
+      "bool need_a, bool need_b, Tensor? w, Tensor? absmax, "
+      "Tensor? code, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int blocksize, int nested_blocksize, "
+      "ScalarType dtype) -> (Tensor, Tensor, Tensor)");
+  m.def("isa() -> int");
   m.def("dropout(Tensor x, Tensor seed, float p, ScalarType out_dtype) -> Tensor");
 }

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "isa.h"
+#include "avx512.h"
 
 namespace fastadapt {
 
@@ -59,6 +59,27 @@ FASTADAPT_AVX2 inline void philox_avx2(uint64_t key, uint64_t first, int count, 
     _mm256_storeu_si256(to, _mm256_unpacklo_epi64(c01, c23));
     _mm256_storeu_si256(to + 1, _mm256_unpackhi_epi64(c01, c23));
   }
+}
+
+// Which of 64 elements dropout keeps (dropout.cpp), one a bit; `first` is a multiple of 8. Eight counters, 8 lanes each.
+FASTADAPT_AVX512 inline uint64_t keep64(uint64_t key, uint64_t first, uint32_t threshold) {
+  const __m512i mul0 = _mm512_set1_epi64(kMul0), mul1 = _mm512_set1_epi64(kMul1);
+  __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(first / 8), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+  __m512i c1 = _mm512_srli_epi64(c0, 32), c2 = _mm512_setzero_si512(), c3 = c2;
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+#pragma GCC unroll 10
+  for (int r = 0; r < kRounds; ++r, k0 += kKey0, k1 += kKey1) {
+    const __m512i a = _mm512_mul_epu32(c0, mul0), b = _mm512_mul_epu32(c2, mul1);
+    c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), c1, _mm512_set1_epi64(k0), 0x96);
+    c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), c3, _mm512_set1_epi64(k1), 0x96);
+    c1 = b;
+    c3 = a;
+  }
+  const __m512i least = _mm512_set1_epi16(static_cast<short>(threshold));
+  const __m512i c01 = _mm512_mask_blend_epi32(0xaaaa, c0, _mm512_slli_epi64(c1, 32));
+  const __m512i c23 = _mm512_mask_blend_epi32(0xaaaa, c2, _mm512_slli_epi64(c3, 32));
+  return _pdep_u64(_mm512_cmpge_epu16_mask(c01, least), 0x0f0f0f0f0f0f0f0f) |
+         _pdep_u64(_mm512_cmpge_epu16_mask(c23, least), 0xf0f0f0f0f0f0f0f0);
 }
 #endif
 

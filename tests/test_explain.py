@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 import fastadapt
 from fastadapt.errors import KernelError
 from fastadapt.layer import AdaptedLayer
+from fastadapt.ops import native
 from fastadapt.ops.dispatch import IMPLEMENTATIONS
 from fastadapt.ops.low_rank import low_rank_fwd
 from tests import tiny
@@ -93,6 +95,14 @@ def layers(model: Any) -> list[AdaptedLayer]:
     return [m for m in model.modules() if isinstance(m, AdaptedLayer)]
 
 
+def watch(monkeypatch: pytest.MonkeyPatch, seen: Callable[[bool], object]) -> None:
+    """Tell ``seen`` of every forward call, by the op or straight to the extension: whether it is
+    over a base's bits."""
+    by_op, straight = low_rank_fwd.call, native.low_rank_fwd
+    monkeypatch.setattr(low_rank_fwd, "call", lambda *a: seen(a[9] is not None) or by_op(*a))
+    monkeypatch.setattr(native, "low_rank_fwd", lambda *a: seen(a[7] is not None) or straight(*a))
+
+
 @pytest.mark.parametrize("fmt", ["fp32", "nf4", "int8"])
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
@@ -110,14 +120,7 @@ def test_what_it_says_is_what_runs(
     paths = {id(m): n for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}
     fused: set[str] = set()
     entered: list[str] = []
-    real = low_rank_fwd.call
-
-    def call(*args: Any) -> Any:
-        if args[9] is not None:
-            fused.add(entered[-1])
-        return real(*args)
-
-    monkeypatch.setattr(low_rank_fwd, "call", call)
+    watch(monkeypatch, lambda over_bits: over_bits and fused.add(entered[-1]))
     for layer in layers(model):
         layer.register_forward_pre_hook(lambda m, _: entered.append(paths[id(m)]))
     model(**tiny.batch())
@@ -141,11 +144,8 @@ def test_methods_without_a_fused_path_say_so(method: str, monkeypatch: pytest.Mo
         pytest.skip(f"{method} is not built yet")
     given = {"peft_type": method, "target_modules": ["q_proj"]}
     model = fastadapt.patch(tiny.model(), from_dict(given))
-    over_bits = []
-    real = low_rank_fwd.call
-    monkeypatch.setattr(
-        low_rank_fwd, "call", lambda *a: over_bits.append(a[9] is not None) or real(*a)
-    )
+    over_bits: list[bool] = []
+    watch(monkeypatch, over_bits.append)
     said = {r["implementation"] for r in fastadapt.explain(model).records if r["adapters"]}
     assert not any(over_bits), "explain runs no layer"
     model(**tiny.batch())

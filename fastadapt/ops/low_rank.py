@@ -25,6 +25,7 @@ from fastadapt.ops import native
 from fastadapt.ops.bits import FLAT_TENSORS, Bits, Nf4, flatten, unflatten, why_not_whole
 from fastadapt.ops.dispatch import Op
 from fastadapt.ops.dropout import check_p, draw_seed
+from fastadapt.ops.low_rank_native import direct, why_not_one_call
 from fastadapt.ops.low_rank_steps import NATIVE, REFERENCE, Steps, triton_steps
 from fastadapt.ops.precision import product_dtype
 
@@ -63,12 +64,17 @@ class LowRankFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float,
         seed: Tensor | None, compute: torch.dtype, out: torch.dtype, *bits: Any,
     ) -> Tensor:  # fmt: skip
-        rows = x.reshape(-1, x.shape[-1])
-        y, u = low_rank_fwd(rows, bias, a, b, scale, p, seed, compute, out, *bits)
+        ctx.direct = direct(x, p, compute, out, bits)
+        if ctx.direct:
+            y, u = native.low_rank_fwd(x, bias, a, b, scale, p, seed, *bits)
+        else:
+            rows = x.reshape(-1, x.shape[-1])
+            y, u = low_rank_fwd(rows, bias, a, b, scale, p, seed, compute, out, *bits)
+            y = unviewed(y, (*x.shape[:-1], b.shape[0]))
         ctx.save_for_backward(x, u, seed, a, b, *bits[:FLAT_TENSORS])
         ctx.plain = (scale, p, compute, bits[FLAT_TENSORS:])
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return unviewed(y, (*x.shape[:-1], b.shape[0]))
+        return y
 
     @staticmethod
     @once_differentiable
@@ -76,10 +82,16 @@ class LowRankFunction(torch.autograd.Function):
         x, u, seed, a, b, *tensors = ctx.saved_tensors
         scale, p, compute, plain = ctx.plain
         need_x, need_bias, need_a, need_b = ctx.needs_input_grad[:4]
-        rows, gs = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-        dx, da, db = low_rank_bwd(
-            gs, rows, u, a, b, scale, p, seed, compute, need_x, need_a, need_b, *tensors, *plain
-        )
+        gs = g.reshape(-1, g.shape[-1])
+        if ctx.direct:
+            dx, da, db = native.low_rank_bwd(
+                g, x, u, a, b, scale, p, seed, need_x, need_a, need_b, *tensors, *plain
+            )
+        else:
+            rows = x.reshape(-1, x.shape[-1])
+            dx, da, db = low_rank_bwd(
+                gs, rows, u, a, b, scale, p, seed, compute, need_x, need_a, need_b, *tensors, *plain
+            )
         wide = torch.promote_types(g.dtype, torch.float32)
         dbias = gs.sum(0, dtype=wide).to(ctx.bias_dtype) if need_bias else None
         rest = (None,) * (5 + len(tensors) + len(plain))
@@ -96,10 +108,16 @@ def low_rank_bwd_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def low_rank_fwd_native(*args: Any) -> tuple[Tensor, Tensor]:
+    x, *_, p, _, compute, out = args[:9]
+    if why_not_one_call(x, p, compute, out, args[9:]) is None:
+        return native.low_rank_fwd(*args[:7], *args[9:])
     return _forward(NATIVE, *args)
 
 
 def low_rank_bwd_native(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, x, u, _, _, _, p, _, compute = args[:9]
+    if why_not_one_call(x, p, compute, u.dtype, args[12:]) is None:
+        return native.low_rank_bwd(*args[:8], *args[9:])
     return _backward(NATIVE, *args)
 
 

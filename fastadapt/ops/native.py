@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,16 @@ def why_not() -> str | None:
     except (OSError, RuntimeError) as error:
         return f"fastadapt._C failed to load ({error}); {_HOW_TO_BUILD}"
     return None
+
+
+AVX512, AVX512_BF16 = 2, 3
+"""Of ``isa``; below them are plain C++ (0) and AVX2 with FMA (1)."""
+
+
+@cache
+def isa() -> int:
+    """The kernels that this CPU can run, and FASTADAPT_ISA allows; 0 without the extension."""
+    return int(torch.ops.fastadapt_native.isa()) if available() else 0
 
 
 def nf4_dequant_(
@@ -85,7 +96,7 @@ def nf4_product_(
     """y += x W^T (``transposed``) or y += x W, W (n, k) decoded row by row into cache.
 
     x: (m, k) or (m, n)  y: (m, n) or (m, k), both float32 and contiguous; k % blocksize == 0.
-    Or both bfloat16, with ``dtype`` bfloat16 and blocksize % 64 == 0, on a CPU with AVX-512 BF16.
+    Or both bfloat16, with blocks of a power of two from 64 on, on a CPU with AVX-512 BF16.
     fp32 accumulation; the result does not depend on the number of threads. Raises KernelError
     without the extension, RuntimeError for tensors that do not fit.
     """
@@ -106,6 +117,33 @@ def dropout(x: Tensor, seed: Tensor, p: float, out_dtype: torch.dtype) -> Tensor
     _require()
     y: Tensor = torch.ops.fastadapt_native.dropout(x, seed, p, out_dtype)
     return y
+
+
+def low_rank_fwd(
+    x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float,
+    seed: Tensor | None, *bits: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (.., n), u (m, r) of ``fastadapt.ops.low_rank`` for x (.., k), a float32 or bfloat16 x.
+
+    bits: ``fastadapt.ops.bits.flatten``; or int8 (n, k) with its row's absmax, float32 (n,)
+    The low-rank part is added in the base product's own sums, and each result is rounded once; the
+    mask's scale is applied to u in fp32. Results do not depend on the number of threads. Needs
+    AVX-512 (BF16 for a bfloat16 x). Raises RuntimeError for tensors that do not fit."""
+    result: tuple[Tensor, Tensor] = torch.ops.fastadapt_native.low_rank_fwd.default(
+        x, bias, a, b, scale, p, seed, *bits[:8], bits[10]
+    )
+    return result
+
+
+def low_rank_bwd(
+    g: Tensor, x: Tensor, u: Tensor, a: Tensor, b: Tensor, scale: float, p: float,
+    seed: Tensor | None, need_x: bool, need_a: bool, need_b: bool, *bits: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, da, db of the same, an empty tensor where one is not needed."""
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.fastadapt_native.low_rank_bwd.default(
+        g, x, u, a, b, scale, p, seed, need_x, need_a, need_b, *bits[:8], bits[10]
+    )
+    return result
 
 
 def _require() -> None:
