@@ -29,7 +29,7 @@ test-slow: $(STAMP)  ## the tests marked slow (no such test is no failure: pytes
 	@$(PY) -m pytest -m "slow and not gpu" $(ARGS) || { code=$$?; test $$code -eq 5 || exit $$code; }
 
 fuzz: $(STAMP)  ## 100,000 hostile adapter files (make test takes 2,000)
-	@FUZZ_INPUTS=100000 $(PY) -m pytest tests/test_fuzz.py $(ARGS)
+	@FUZZ_INPUTS=100000 $(PY) -m pytest tests/test_fuzz.py tests/test_config_fuzz.py $(ARGS)
 
 test-gpu: $(STAMP)  ## the tests marked gpu
 	@$(PY) -m pytest -m gpu $(ARGS)

@@ -20,6 +20,7 @@ _NAMES = {
     "fastadapt.reference": "reference",
     "fastadapt.explain": "explain",
     "fastadapt.ops.dispatch": "use",
+    "fastadapt.dialect_writers": "kohya_state_dict diffusers_state_dict",
     "fastadapt.kbit": "prepare_model_for_kbit_training",
     "fastadapt.config": "PeftConfig PeftType TaskType",
     "fastadapt.methods.lora": "LoraConfig LoraRuntimeConfig",

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastadapt.errors import OutputError
+from fastadapt.errors import CheckpointError, OutputError
 
 LOCK_SECONDS = 30.0
 
@@ -46,8 +46,13 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def write_atomic(path: Path, content: bytes | Callable[[Path], None]) -> None:
-    """Write to a temporary file beside ``path``, sync, rename. ``content`` may be a writer.
+def write_atomic(
+    path: Path,
+    content: bytes | Callable[[Path], None],
+    before: Callable[[Path], None] | None = None,
+) -> None:
+    """Write to a temporary file beside ``path``, sync, rename. ``content`` may be a writer;
+    ``before`` is called with the temporary file when all is ready for the rename.
 
     Raises OutputError when the folder cannot be made or written; the old file then stands."""
     temporary: Path | None = None
@@ -62,6 +67,8 @@ def write_atomic(path: Path, content: bytes | Callable[[Path], None]) -> None:
             temporary.write_bytes(content)
         _sync(temporary)
         temporary.chmod(0o666 & ~_umask())
+        if before is not None:
+            before(temporary)
         temporary.replace(path)
         _sync(path.parent)
     except OSError as error:
@@ -74,7 +81,9 @@ def write_atomic(path: Path, content: bytes | Callable[[Path], None]) -> None:
 def fetch(
     repository: str, name: str, *, subfolder: str | None = None, **kwargs: Any
 ) -> Path | None:
-    """A file of a local folder, else of a hub repository; None when there is no such file."""
+    """A file of a local folder, else of a hub repository; None when there is no such file, there
+    or, offline, in the cache. Raises CheckpointError for a revision that is not there and for an
+    answer of the hub that is no file."""
     folder = Path(repository) / subfolder if subfolder else Path(repository)
     if (folder / name).is_file():
         return folder / name
@@ -83,6 +92,7 @@ def fetch(
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
+        HfHubHTTPError,
         HFValidationError,
         RepositoryNotFoundError,
     )
@@ -93,6 +103,8 @@ def fetch(
         return Path(hf_hub_download(repository, name, subfolder=subfolder, **options))
     except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
         return None
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"{name} of {repository}: {error}") from error
 
 
 def _sync(path: Path) -> None:

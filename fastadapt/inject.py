@@ -67,10 +67,12 @@ def plan(
     _report(config, modules, chosen, allow_unmatched)
     bases = {p: _base(p, modules[p]) for p in chosen}
     _refuse_norms(method, bases)
+    with targets.time_limit():
+        own = {p: config.at(p) for p in bases}
     device = torch.device("meta") if meta else torch.device("cpu")
     with device:
         shared = method.shared(config, dict(bases))
-        adapters = {p: method(config.at(p), base, shared) for p, base in bases.items()}
+        adapters = {p: method(own[p], base, shared) for p, base in bases.items()}
         more = method.companions(config, model, adapters)
         both = [p for p in more if p in adapters or p not in modules]
         if both:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastadapt import checkpoint, combine, inject, penalties, weighted
+from fastadapt.adapter_file import open_adapter
 from fastadapt.base import release_weights
 from fastadapt.config import AdapterConfig, as_config
 from fastadapt.errors import LifecycleError
@@ -104,7 +105,7 @@ class Adapters:
         }
         if kwargs.get("key_mapping") is None:
             kwargs["key_mapping"] = getattr(root, "_checkpoint_conversion_mapping", None)
-        adapter = checkpoint.open_adapter(model_id, **kwargs)
+        adapter = open_adapter(model_id, root=root, **kwargs)
         new = adapter_name not in self._configs
         if new:
             config = adapter.config

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastadapt import checkpoint, inject
+from fastadapt.adapter_file import open_adapter
 from fastadapt.config import AdapterConfig, TaskType, as_config
 from fastadapt.errors import FastAdaptWarning, LifecycleError
 from fastadapt.merge import LEAST
@@ -311,8 +312,8 @@ class PeftModel(Adapters, nn.Module):
         mismatched = bool(kwargs.pop("ignore_mismatched_sizes", False))
         if kwargs.get("key_mapping") is None:
             kwargs["key_mapping"] = getattr(model, "_checkpoint_conversion_mapping", None)
-        adapter = checkpoint.open_adapter(
-            model_id, config=None if config is None else as_config(config), **kwargs
+        adapter = open_adapter(
+            model_id, root=model, config=None if config is None else as_config(config), **kwargs
         )
         checkpoint.check(model, adapter, strict=strict, ignore_mismatched_sizes=mismatched)
         adapter.config.inference_mode = not is_trainable

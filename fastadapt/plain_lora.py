@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadapt import checkpoint
+from fastadapt.adapter_file import open_adapter
 from fastadapt.config import AdapterConfig
 from fastadapt.errors import CheckpointError, ConfigError, FastAdaptWarning, UnsupportedError
 
@@ -51,7 +51,7 @@ def on_untouched_base(
             FastAdaptWarning,
             stacklevel=4,
         )
-    opened = checkpoint.open_adapter(initial)
+    opened = open_adapter(initial)
     first = dict(opened.read(list(opened.shapes)))
     made = {}
     for key, tensor in tensors.items():

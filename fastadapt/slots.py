@@ -96,6 +96,19 @@ def biases(root: nn.Module, adapted: set[str]) -> dict[str, Slot]:
     return dict(_biases(root, "all", adapted, adapted))
 
 
+def vocabulary(root: nn.Module) -> dict[str, int]:
+    """Path -> number of tokens, of the input and the output embedding."""
+    found = {}
+    ends = _ends(root)
+    for path, module in targets.walk(root):
+        if id(module) in ends or path.rpartition(".")[2] in EMBEDDINGS:
+            inner = getattr(module, "original_module", module)
+            weight = getattr(getattr(inner, "base_layer", inner), "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
+                found[path] = weight.shape[0]
+    return found
+
+
 def adapted_paths(root: nn.Module, name: str | None = None) -> set[str]:
     """The paths of adapted layers, of all or of one adapter."""
     return {

@@ -7,9 +7,13 @@ Patterns run under a time limit, so that one that takes exponential time is an e
 from __future__ import annotations
 
 import difflib
+import re
+import reprlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NoReturn
 
 import regex
 from torch import nn
@@ -18,6 +22,9 @@ from fastadapt.errors import TargetError
 
 ALL_LINEAR = "all-linear"
 PATTERN_SECONDS = 1.0
+PLAN_SECONDS = 2.0
+_deadline: ContextVar[float | None] = ContextVar("deadline of the plan's patterns", default=None)
+_PLAIN = re.compile(r"[\w.]+")
 _MIN_TO_CONDENSE = 20
 _NAMED = 20
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -190,14 +197,14 @@ class Matcher:
         return full_match(pattern, path, self._deadline - time.monotonic())
 
 
-def full_match(pattern: str, path: str, seconds: float = PATTERN_SECONDS) -> bool:
+def full_match(pattern: str, path: str, seconds: float | None = None) -> bool:
     """The pattern is the whole path. Raises TargetError for one that takes too long."""
-    return _timed(regex.fullmatch, pattern, path, seconds) is not None
+    return _timed(regex.fullmatch, pattern, path, _left(seconds)) is not None
 
 
-def matches_within(pattern: str, path: str, seconds: float = PATTERN_SECONDS) -> bool:
+def matches_within(pattern: str, path: str, seconds: float | None = None) -> bool:
     """The pattern is somewhere in the path. Raises TargetError for one that takes too long."""
-    return _timed(regex.search, pattern, path, seconds) is not None
+    return _timed(regex.search, pattern, path, _left(seconds)) is not None
 
 
 def _timed(match: Callable[..., Any], pattern: str, path: str, seconds: float) -> Any:
@@ -205,23 +212,62 @@ def _timed(match: Callable[..., Any], pattern: str, path: str, seconds: float) -
         if seconds <= 0:
             raise TimeoutError
         return match(pattern, path, timeout=seconds)
-    except TimeoutError as error:
-        raise TargetError(
-            f"the pattern {pattern!r} takes too long on the module names: simplify nested "
-            "repetitions, or give names instead"
-        ) from error
+    except TimeoutError:
+        _too_long(pattern)
     except regex.error as error:
         raise TargetError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
+def _left(seconds: float | None) -> float:
+    """The time that one match has: what is given, else what the plan has left."""
+    deadline = _deadline.get()
+    if seconds is None:
+        return PATTERN_SECONDS if deadline is None else deadline - time.monotonic()
+    return seconds
+
+
+def _too_long(pattern: str) -> NoReturn:
+    raise TargetError(
+        f"the pattern {reprlib.repr(pattern)} takes too long on the module names: simplify nested "
+        "repetitions, or give names instead"
+    )
+
+
+@contextmanager
+def time_limit(seconds: float = PLAN_SECONDS) -> Iterator[None]:
+    """All patterns matched inside share this time: a config may have thousands, for each layer."""
+    token = _deadline.set(time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
 def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
-    """The value of the first key of a rank or alpha pattern that matches the end of ``path``."""
-    # called for every module, so one call gets a small part of the time
-    deadline = time.monotonic() + PATTERN_SECONDS / 10
+    """The value of the first key of a rank or alpha pattern that matches the end of ``path``.
+
+    Raises TargetError when the patterns of one plan take too long, all layers together."""
+    # called for every module: one call on its own gets a small part of the time
+    deadline = _deadline.get() or time.monotonic() + PATTERN_SECONDS / 10
     for key, value in patterns.items():
-        if _timed(regex.match, rf"(.*\.)?({key})$", path, deadline - time.monotonic()):
+        if _PLAIN.fullmatch(key):
+            if _ends_like(path, key):
+                return value
+        elif _timed(regex.match, rf"(.*\.)?({key})$", path, deadline - time.monotonic()):
             return value
+    if patterns and time.monotonic() > deadline:
+        _too_long(next(iter(patterns)))
     return default
+
+
+def _ends_like(path: str, key: str) -> bool:
+    r"""``regex.match(rf"(.*\.)?({key})$", path)`` for a key of word characters and dots."""
+    left = len(path) - len(key)
+    if left < 0 or (left and path[left - 1] != "."):
+        return False
+    return path.endswith(key) or all(
+        k in (".", c) for k, c in zip(key, path[left:], strict=True)
+    )  # fmt: skip
 
 
 def _ends(path: str, name: str) -> bool:

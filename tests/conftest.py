@@ -59,6 +59,16 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The folder of an adapter of ``tiny.model()``."""
+    from tests.adapter_files import adapted
+
+    folder = tmp_path / "adapter"
+    adapted().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def chat_tokenizer() -> Any:
     """A byte-level tokenizer: one token a byte, and ChatML's three special tokens."""

@@ -32,9 +32,10 @@ class Room(NamedTuple):
 
 
 METHOD = Room("base adapter combine config inits ops targets", types="layer")
-MODEL = ["layer", "inject", "model", "modules_to_save", "checkpoint", "slots", "fingerprint"]
-MODEL += ["constants", "freezing", "targets", "weighted", "explain", "kbit", "reference"]
-MODEL += ["penalties", "eva", "plain_lora", "merge"]
+MODEL = ["layer", "inject", "model", "modules_to_save", "adapter_file", "checkpoint", "saving"]
+MODEL += ["slots", "fingerprint", "targets", "weighted", "explain", "kbit", "reference"]
+MODEL += ["penalties", "eva", "plain_lora", "dialects", "dialect_paths", "tensor_files"]
+MODEL += ["dialect_writers", "constants", "freezing", "merge"]
 CORE = Room(
     " ".join(["base adapter combine config files inits kinds methods ops", *MODEL]),
     lazy="safetensors huggingface_hub transformers peft rich tqdm",

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastadapt import checkpoint, inject, penalties, slots, targets
+from fastadapt import checkpoint, inject, penalties, saving, slots, targets
+from fastadapt.adapter_file import AdapterFile, open_adapter
 from fastadapt.base import hold_weights
 from fastadapt.config import AdapterConfig, as_config, from_dict
 from fastadapt.errors import CheckpointError, ConfigError, LifecycleError, UnsupportedError
@@ -79,7 +80,7 @@ def get_peft_model_state_dict(
     if state_dict is None and _is_sharded(model):
         state_dict = model.state_dict()
     model = _bare(model)
-    found = checkpoint.adapter_state_dict(
+    found = saving.adapter_state_dict(
         root_of(model), _config(model, adapter_name), adapter_name,
         state_dict=state_dict, save_embedding_layers=save_embedding_layers,
     )  # fmt: skip
@@ -107,7 +108,7 @@ def set_peft_model_state_dict(
     prefix = "" if _wrapped(model) else slots.PREFIX
     given = {k if k in whole else prefix + k: v for k, v in peft_model_state_dict.items()}
     shapes = {k: tuple(v.shape) for k, v in given.items()}
-    file = checkpoint.AdapterFile(config, Path("state_dict"), shapes, {}, given)
+    file = AdapterFile(config, Path("state_dict"), shapes, {}, given)
     adapted = slots.adapted_paths(root)
     known = {**slots.biases(root, adapted), **slots.embeddings(root, adapted), **own}
     misshapen = [
@@ -139,7 +140,7 @@ def load_peft_weights(
     **where: Any,
 ) -> dict[str, Tensor]:
     """The tensors of an adapter's file, under its keys. key_mapping: pattern -> replacement."""
-    file = checkpoint.open_adapter(model_id, **where)
+    file = open_adapter(model_id, **where)
     tensors = file.read(list(file.shapes))
     for pattern, new in (key_mapping or {}).items():
         tensors = {re.sub(pattern, new, k): v for k, v in tensors.items()}

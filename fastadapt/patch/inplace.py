@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastadapt import checkpoint, inject
+from fastadapt import inject, saving
 from fastadapt.config import as_config
 from fastadapt.errors import LifecycleError, TargetError
 from fastadapt.merge import LEAST
@@ -53,7 +53,7 @@ class PatchedModel(Adapters):
     ) -> dict[str, Tensor]:
         """The adapter's tensors under the model's own paths."""
         name = adapter_name or self.active_adapter()
-        found = checkpoint.adapter_state_dict(
+        found = saving.adapter_state_dict(
             self.adapter_root, self._configs[name], name, state_dict=state_dict
         )
         return {k.removeprefix("base_model.model."): v for k, v in found.items()}
@@ -172,7 +172,7 @@ def save_adapters(model: Adapters, folder: Any, selected: list[str] | None, **op
             f"are {list(model._configs)} - got {names}."
         )
     chosen = {n: model._configs[n] for n in names}
-    checkpoint.save(model.adapter_root, chosen, folder, **options)
+    saving.save(model.adapter_root, chosen, folder, **options)
 
 
 @cache

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastadapt.checkpoint import BIN_NAME, SAFETENSORS_NAME
+from fastadapt.adapter_file import BIN_NAME, SAFETENSORS_NAME
 from fastadapt.patch.inplace import PatchedModel
 
 _originals: dict[str, Any] = {}
