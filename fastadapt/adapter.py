@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from fastadapt.errors import ConfigError, UnsupportedError
@@ -62,6 +63,7 @@ class Adapter:
         self.values: dict[str, Any] = {}
         self._layer: AdaptedLayer | None = None
         self._key = ""
+        self._held: dict[str, Any] = {}
         self.build(base, shared)
 
     @classmethod
@@ -69,7 +71,7 @@ class Adapter:
         """The method over parts and values that ``holder`` has already, under PEFT's names."""
         adapter = cls.__new__(cls)
         adapter.config, adapter.parts, adapter.values = None, {}, {}
-        adapter._layer, adapter._key = holder, key
+        adapter._layer, adapter._key, adapter._held = holder, key, {}
         return adapter
 
     @classmethod
@@ -174,10 +176,17 @@ class Adapter:
         self._layer, self._key = layer, key
         self.parts, self.values = {}, {}
 
+    def hold(self, parts: dict[str, Any]) -> None:
+        """Parts and values that a compiled forward reads from here: its guards must not name the
+        adapter, or each one would be compiled anew."""
+        self._held.update(parts)
+
     def __getitem__(self, name: str) -> Any:
         """A part or a value, by PEFT's name."""
         if self._layer is None:
             return self.parts[name] if name in self.parts else self.values[name]
+        if torch.compiler.is_compiling() and name in self._held:
+            return self._held[name]
         return getattr(self._layer, name)[self._key]
 
 

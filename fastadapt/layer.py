@@ -22,9 +22,8 @@ from fastadapt.constants import BufferDict
 from fastadapt.errors import FastAdaptWarning, LifecycleError
 from fastadapt.freezing import freeze, thaw
 from fastadapt.merge import LEAST, LayerMerge, check_keep, write
-
-BASE_NAME = "__base__"
-"""In ``adapter_names``: this row takes no adapter."""
+from fastadapt.rows import BASE_NAME, Rows, through
+from fastadapt.values import Values
 
 
 class AdaptedLayer(nn.Module):
@@ -42,10 +41,12 @@ class AdaptedLayer(nn.Module):
         self._part_names: list[str] = []
         self._value_names: list[str] = []
         self._active: list[str] = []
+        self._running: list[Adapter] = []
         self._disabled = False
         self._trained: dict[str, list[str]] = {}
+        self._open: set[str] = set()
         self.cast_input_dtype_enabled = True
-        self.rows: Sequence[str] | None = None
+        self.rows: Rows | None = None
         self._snapshots: list[Any] = []
         self.merge_share: LayerMerge | None = None
         self.frozen.weight.attach()
@@ -73,7 +74,7 @@ class AdaptedLayer(nn.Module):
     # the name that PEFT's tests and tools write to
     _active_adapter = property(
         lambda self: self.active_adapter,
-        lambda self, names: setattr(self, "_active", [names] if isinstance(names, str) else names),
+        lambda self, names: self._activate([names] if isinstance(names, str) else names),
     )
 
     @property
@@ -129,7 +130,7 @@ class AdaptedLayer(nn.Module):
             getattr(self, key)[name] = part
         for key, value in adapter.values.items():
             if key not in self._value_names:
-                setattr(self, key, {})
+                setattr(self, key, Values(key, self.adapters))
                 self._value_names.append(key)
             getattr(self, key)[name] = value
         adapter.attach(self, name)
@@ -140,6 +141,7 @@ class AdaptedLayer(nn.Module):
         for part in self.parts_of(name).values():
             if isinstance(part, nn.Module):
                 part.train(self.training)
+        self._activate(self._active)
 
     def parts_of(self, name: str) -> dict[str, Part]:
         """The modules, parameters and buffers of one adapter, by PEFT's names."""
@@ -147,23 +149,28 @@ class AdaptedLayer(nn.Module):
         return {key: holder[name] for key, holder in holders.items() if name in holder}
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these active, in this order, and trainable; all others are frozen."""
+        """Make these active, in this order, and trainable; those that were are frozen.
+
+        Adapters that are neither are not looked at: switching costs the same with 2 and with 100.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._active = names
-        for name in self.adapters:
-            self._set_requires_grad(name, name in names and not inference_mode)
+        for name in {*self._open, *self._active} - {*names}:
+            self._set_requires_grad(name, False)
+        self._activate(names)
+        for name in names:
+            self._set_requires_grad(name, not inference_mode)
+        self._trained = {}
 
     def admit(self, name: str, active: Sequence[str], trainable: bool) -> None:
         """The model's active adapters, with the new one of this name; others stay as they are."""
-        self._active = list(active)
+        self._activate(list(active))
         self._set_requires_grad(name, trainable)
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name in self.adapters:
-                self._set_requires_grad(name, requires_grad)
+            self._set_requires_grad(name, requires_grad)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off. None trains while it is off; what trained before does
@@ -172,7 +179,8 @@ class AdaptedLayer(nn.Module):
             for name, trained in self._trained.items():
                 thaw(self.parts_of(name), trained)
         elif not enabled and not self._disabled:
-            self._trained = {name: freeze(self.parts_of(name)) for name in self.adapters}
+            known = [n for n in self.adapters if n in self._open or n in self._active]
+            self._trained = {name: freeze(self.parts_of(name)) for name in known}
         self._disabled = not enabled
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -183,9 +191,10 @@ class AdaptedLayer(nn.Module):
             self.unmerge()
         del self.adapters[adapter_name]
         self._trained.pop(adapter_name, None)
+        self._open.discard(adapter_name)
         for key in self._part_names + self._value_names:
             getattr(self, key).pop(adapter_name) if adapter_name in getattr(self, key) else None
-        self._active = [n for n in self._active if n != adapter_name]
+        self._activate([n for n in self._active if n != adapter_name])
 
     # scale (PEFT's names)
 
@@ -289,24 +298,40 @@ class AdaptedLayer(nn.Module):
                 self.unmerge()
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
-        names = adapter_names if adapter_names is not None else self.rows
+        rows = self.rows
         if adapter_names is not None:
             self._refuse_unknown(adapter_names)
-        if names is not None:
-            return self._mixed(x, names, args, kwargs)
+            rows = Rows(adapter_names)
+        if rows is not None:
+            return through(self, x, rows, args, kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        return self.stack(self._active, args, kwargs)(x)
+        return self._under(self._running, args, kwargs)(x)
 
     def stack(
         self, names: Sequence[str], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Base:
         """The base layer under these adapters, first to last."""
+        return self._under([self.adapters[n] for n in names if n in self.adapters], args, kwargs)
+
+    def _under(
+        self, adapters: Sequence[Adapter], args: tuple[Any, ...], kwargs: dict[str, Any] | None
+    ) -> Base:
         base: Any = Called(self.frozen, args, kwargs or {}) if args or kwargs else self.frozen
-        for name in names:
-            if name in self.adapters:
-                base = Stacked(self.adapters[name], base)
+        for adapter in adapters:
+            base = Stacked(adapter, base)
         return base  # type: ignore[no-any-return]
+
+    def _activate(self, names: list[str]) -> None:
+        """The adapters that run, in this order, readied for a compiled forward."""
+        self._active = names
+        present = [n for n in names if n in self.adapters]
+        self._running = [self.adapters[n] for n in present]
+        for name, adapter in zip(present, self._running, strict=True):
+            parts = self.parts_of(name)
+            modules = {k: p for k, p in parts.items() if isinstance(p, nn.Module)}
+            values = {k: getattr(self, k) for k in self._value_names}
+            adapter.hold(modules | {k: held[name] for k, held in values.items() if name in held})
 
     def _refuse_unknown(self, names: Sequence[str]) -> None:
         """For names that were given to this layer; those of the whole model (``rows``) may belong
@@ -318,48 +343,10 @@ class AdaptedLayer(nn.Module):
                 f"has {sorted(self.adapters)}, and {BASE_NAME!r} is no adapter"
             )
 
-    def _mixed(
-        self, x: Tensor, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
-        """Each row through its own adapter, rows of one adapter together."""
-        if self.merged:
-            raise LifecycleError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call "
-                "`unmerge_adapter` first."
-            )
-        if len(names) != x.shape[0]:
-            raise LifecycleError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {x.shape[0]} respectively."
-            )
-        if not names:
-            return self.stack([], args, kwargs)(x)
-        rows: dict[str, list[int]] = {}
-        for i, name in enumerate(names):
-            rows.setdefault(name if name in self.adapters else BASE_NAME, []).append(i)
-        one_product = None if args or kwargs else self._one_product(x, list(rows), names)
-        if one_product is not None:
-            return one_product
-        groups = [torch.tensor(r, device=x.device) for r in rows.values()]
-        parts = [
-            self.stack([name], args, kwargs)(x.index_select(0, group))
-            for name, group in zip(rows, groups, strict=True)
-        ]
-        return torch.cat(parts).index_select(0, torch.cat(groups).argsort())
-
-    def _one_product(self, x: Tensor, groups: list[str], names: Sequence[str]) -> Tensor | None:
-        """All rows through one product with the base, where every adapter is a low-rank pair."""
-        frozen = self.frozen
-        if frozen.indexed or len(frozen.shape) != 2:
-            return None
-        held = [self.adapters[name] for name in groups if name in self.adapters]
-        pairs = [pair for pair in (a.low_rank_pair() for a in held) if pair is not None]
-        if len(pairs) < len(held):
-            return None
-        place = {name: i for i, name in enumerate(n for n in groups if n in self.adapters)}
-        return frozen.low_rank_mixed(x, pairs, [place.get(name, -1) for name in names])
-
     def _set_requires_grad(self, name: str, flag: bool) -> None:
+        if name not in self.adapters:
+            return
+        (self._open.add if flag else self._open.discard)(name)
         fixed = self.adapters[name].constant + self.adapters[name].frozen
         self._trained.pop(name, None)
         for key, part in self.parts_of(name).items():

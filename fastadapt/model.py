@@ -23,6 +23,7 @@ from fastadapt.layer import AdaptedLayer
 from fastadapt.merge import LEAST, MergeReport, leave_out
 from fastadapt.methods import METHODS, method_of
 from fastadapt.modules_to_save import ModulesToSaveWrapper
+from fastadapt.rows import Rows
 
 
 class Adapters:
@@ -384,7 +385,9 @@ class Adapters:
 
     @contextmanager
     def mixed_batch(self, adapter_names: Sequence[str] | None, repeat: int = 1) -> Iterator[None]:
-        """Inside, row i of a batch goes through ``adapter_names[i]`` ("__base__" for none)."""
+        """Inside, row i of a batch goes through ``adapter_names[i]`` ("__base__" for none).
+
+        repeat: how often a row stands in the batch, as generation repeats them for beams."""
         if adapter_names is None:
             yield
             return
@@ -394,10 +397,9 @@ class Adapters:
             raise LifecycleError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}"
             )
-        names = [n for n in adapter_names for _ in range(repeat)]
         layers = [layer for _, layer in self._adapted()]
         for layer in layers:
-            layer.rows = names
+            layer.rows = Rows(list(adapter_names), repeat)
         try:
             yield
         finally:

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastadapt.errors import LifecycleError, UnsupportedError
 from fastadapt.freezing import freeze, thaw
-from fastadapt.layer import BASE_NAME
+from fastadapt.rows import BASE_NAME, Rows, grouped
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -32,7 +32,7 @@ class ModulesToSaveWrapper(nn.Module):
         self._active: list[str] = []
         self._disabled = False
         self._trained: list[str] = []
-        self.rows: Sequence[str] | None = None
+        self.rows: Rows | None = None
 
     @property
     def active_adapters(self) -> list[str]:
@@ -102,8 +102,8 @@ class ModulesToSaveWrapper(nn.Module):
         self._active = [n for n in self._active if n != adapter_name]
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        names = adapter_names if adapter_names is not None else self.rows
-        if names is None or self._disabled:
+        rows = self.rows if adapter_names is None else Rows(adapter_names)
+        if rows is None or self._disabled:
             return self.in_use(*args, **kwargs)
         if len(args) != 1 or kwargs:
             raise UnsupportedError(
@@ -111,13 +111,11 @@ class ModulesToSaveWrapper(nn.Module):
                 f"which is trained whole, got {len(args)} and {sorted(kwargs)}"
             )
         x = args[0]
-        keys = [n if n in self.modules_to_save else BASE_NAME for n in names]
         parts, order = [], []
-        for key in dict.fromkeys(keys):
-            rows = torch.tensor([i for i, k in enumerate(keys) if k == key], device=x.device)
+        for key, places in grouped(rows.of(x), self.modules_to_save).items():
             module = self.original_module if key == BASE_NAME else self.modules_to_save[key]
-            parts.append(module(x.index_select(0, rows)))
-            order.append(rows)
+            order.append(torch.tensor(places, device=x.device))
+            parts.append(module(x.index_select(0, order[-1])))
         return torch.cat(parts).index_select(0, torch.cat(order).argsort())
 
     def __getattr__(self, name: str) -> Any:

@@ -241,8 +241,9 @@ class PeftModel(Adapters, nn.Module):
         settings = kwargs.get("generation_config") or getattr(
             self.adapter_root, "generation_config", None
         )
-        beams = kwargs.get("num_beams") or getattr(settings, "num_beams", None) or 1
-        with self.mixed_batch(adapter_names, beams):
+        repeats = [kwargs.get(n) or getattr(settings, n, None) or 1
+                   for n in ("num_beams", "num_return_sequences")]  # fmt: skip
+        with self.mixed_batch(adapter_names, max(repeats)):
             return self.adapter_root.generate(*args, **kwargs)  # type: ignore[operator]
 
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:

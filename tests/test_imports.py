@@ -35,7 +35,7 @@ METHOD = Room("base adapter combine config inits ops targets", types="layer")
 MODEL = ["layer", "inject", "model", "modules_to_save", "adapter_file", "checkpoint", "saving"]
 MODEL += ["slots", "fingerprint", "targets", "weighted", "explain", "kbit", "reference"]
 MODEL += ["penalties", "eva", "plain_lora", "dialects", "dialect_paths", "tensor_files"]
-MODEL += ["dialect_writers", "constants", "freezing", "merge"]
+MODEL += ["dialect_writers", "constants", "freezing", "merge", "rows", "values"]
 CORE = Room(
     " ".join(["base adapter combine config files inits kinds methods ops", *MODEL]),
     lazy="safetensors huggingface_hub transformers peft rich tqdm",

@@ -33,16 +33,16 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     if not isinstance(multiplier, int | float):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
     held = [vars(m) for m in model.modules() if isinstance(m, AdaptedLayer)]
-    before = [(layer, layer["scaling"]) for layer in held if "scaling" in layer]
+    before = [(layer["scaling"], dict(layer["scaling"])) for layer in held if "scaling" in layer]
     if not before:
         raise LifecycleError("scaling is only supported for models with `LoraLayer`s")
-    for layer, scales in before:
-        layer["scaling"] = {name: value * multiplier for name, value in scales.items()}
+    for scaling, old in before:
+        scaling.update({name: value * multiplier for name, value in old.items()})
     try:
         yield
     finally:
-        for layer, scales in before:
-            layer["scaling"] = scales
+        for scaling, old in before:
+            scaling.update(old)
 
 
 @contextmanager
