@@ -2,6 +2,7 @@
 """Compile every Triton kernel for NVIDIA GPUs that need not be there, and count what came out.
 
     python bench/aot.py                     all, into bench/results/aot/table.json + docs/kernels.md
+    python bench/aot.py --only rotate       the same for the kernels of this name alone
     python bench/aot.py --quick --out x.json    the variants of the test run
 
 Registers, spills, shared memory, tensor-core instructions, instructions an element. The laws: no
@@ -52,17 +53,22 @@ class Job(NamedTuple):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the variants of the test run")
+    parser.add_argument("--quick", action="store_true",
+                        help="the variants of the test run; needs --out")  # fmt: skip
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--arch", type=int, nargs="*", choices=SHARED_LIMIT)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write here instead of the committed table")
     known = parser.parse_args()
+    if known.out is None and (known.quick or known.arch):
+        parser.error("--quick and --arch compile a part of a kernel: expected --out as well")
     archs = known.arch or list(SHARED_LIMIT)
     todo = [j for j in jobs(known.quick) if known.only in _name(j) and j.arch in archs]
     table = measure(todo, known.jobs)
     broken = [f"{key(row)}: {law}" for row in table["rows"] for law in laws(row)]
     out = known.out or TABLE
+    if known.out is None:
+        table = merged(table)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(_as_json(table), encoding="utf-8")
     if known.out is None:
@@ -70,6 +76,24 @@ def main() -> int:
     print(f"{len(table['rows'])} compiled by triton {table['triton']}, {len(broken)} laws broken")
     print("\n".join(broken), file=sys.stderr)
     return 1 if broken and known.out is None else 0
+
+
+def merged(table: dict[str, Any]) -> dict[str, Any]:
+    """The committed table with the kernels of this one in the place of its own, as long as one
+    compiler made both; in the order of ROWS."""
+    held = json.loads(TABLE.read_text(encoding="utf-8"))
+    new = {row["kernel"] for row in table["rows"]}
+    order = {row.kernel.__name__: i for i, row in enumerate(ROWS)}
+    if held["triton"] != table["triton"]:
+        if set(order) != new:
+            raise SystemExit(
+                f"expected triton {held['triton']}, which made the table, or all kernels anew; got "
+                f"{table['triton']} and {sorted(new)}"
+            )
+        return table
+    kept = [row for row in held["rows"] if row["kernel"] not in new and row["kernel"] in order]
+    rows = sorted([*kept, *table["rows"]], key=lambda row: order[row["kernel"]])
+    return table | {"rows": rows}
 
 
 def jobs(quick: bool) -> Iterator[Job]:

@@ -23,7 +23,7 @@ def op_arguments() -> dict[str, list[tuple[Any, ...]]]:
     t = LowRankCase(m=4, bits="nf4").make()
     dense = LowRankCase(m=4, dtype=BF16, pair=F32).make()
     seed, u = torch.tensor([12]), torch.randn(4, 8)
-    turn = torch.randn(2, 4, 4)
+    turn, thin = torch.randn(2, 4, 4), torch.randn(64, 8)
     image, channel = torch.randn(3, 5, 7), torch.randn(5)
     flat, nothing = flatten(t.bits), flatten(None)
     assert isinstance(t.bits, Nf4)
@@ -64,7 +64,7 @@ def op_arguments() -> dict[str, list[tuple[Any, ...]]]:
                 *nothing,
             ),
         ],
-        "rotate_fwd": [(t.x, turn, False, F32), (t.x, turn, True, BF16)],
+        "rotate_fwd": [(t.x, turn, 1, F32), (t.x, turn, 2, BF16)],
         "scale_fwd": [
             (image, channel, None, None, 1),
             (image.to(BF16), channel, channel, image.to(BF16), 1),
@@ -74,5 +74,14 @@ def op_arguments() -> dict[str, list[tuple[Any, ...]]]:
             (image.to(BF16), None, channel, 1, True, False),
             (image, image + 1, channel, 1, False, False),
         ],
-        "rotate_bwd": [(t.x, torch.randn_like(t.x), turn)],
+        "rotate_bwd": [
+            (torch.randn_like(t.x), t.x, turn, 1, True, True),
+            (t.x.to(BF16), t.x, turn, 2, True, False),
+            (t.x.to(BF16), t.x, turn, 2, False, True),
+        ],
+        "reflect_fwd": [(t.x, t.a, thin, F32), (t.x, t.a, thin, BF16)],
+        "reflect_bwd": [
+            (torch.randn_like(t.x), t.x, u, t.a, thin, True, True, True),
+            (t.x.to(BF16), t.x, u, t.a, thin, False, True, False),
+        ],
     }

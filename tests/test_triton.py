@@ -55,6 +55,8 @@ def test_every_kernel_of_every_op_is_among_the_default_cases() -> None:
     """A guard against a subset that has lost an op: each that Triton serves is asked for."""
     prefix = {"nf4_dequant": "decode", "low_rank_fwd": "low_rank", "low_rank_bwd": "low_rank"}
     prefix |= dict.fromkeys(("low_rank_mixed_fwd", "low_rank_mixed_bwd"), "low_rank_mixed")
+    prefix |= dict.fromkeys(("rotate_fwd", "rotate_bwd"), "rotate")
+    prefix |= dict.fromkeys(("reflect_fwd", "reflect_bwd"), "reflect")
     served = [name for name, op in OPS.items() if "triton" in op.implementations]
     assert served
     for name in served:

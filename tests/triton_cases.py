@@ -32,6 +32,8 @@ from fastadapt.ops.dispatch import OPS, use
 from fastadapt.ops.dropout import draw_seed, dropout_reference
 from fastadapt.ops.low_rank import LowRankFunction
 from fastadapt.ops.nf4 import nf4_dequant
+from fastadapt.ops.reflect import ReflectFunction
+from fastadapt.ops.rotate import RotateFunction
 from fastadapt.ops.row_norm import row_norm
 from fastadapt.ops.scale import scale
 from fastadapt.testing import (
@@ -396,6 +398,109 @@ SCALES = {
 }  # fmt: skip
 
 
+# rotate, reflect
+
+
+def turned(
+    shape: tuple[int, ...], blocks: tuple[int, int], apart: int, dtype: torch.dtype,
+    layout: str = "",
+) -> None:  # fmt: skip
+    """y, dx and dD; alone and together."""
+    g = torch.Generator().manual_seed(sum(blocks))
+    count, size = blocks
+    x, dy = (torch.randn(shape, generator=g).to(dtype) for _ in range(2))
+    d = torch.randn(count, size, size, generator=g) / size**0.5
+    place = butterfly_order(shape[-1], size, apart)
+
+    def plain(x: Tensor, d: Tensor) -> Tensor:
+        whole = torch.block_diag(*d.to(x.dtype).repeat(shape[-1] // (count * size), 1, 1))
+        moved = x[..., place]
+        return (moved + moved @ whole)[..., place.argsort()]
+
+    def ours(x: Tensor, d: Tensor) -> Tensor:
+        y: Tensor = RotateFunction.apply(x, d, apart, dtype)
+        return y
+
+    within_budget(ours, plain, (_laid_out(x, layout), d), _laid_out(dy, layout), ("dx", "dd"))
+
+
+def butterfly_order(k: int, size: int, apart: int) -> Tensor:
+    """The channels of the first block, of the second, ..., by their definition."""
+    half, found = size // 2, []
+    for block in range(k // size):
+        start = block // apart * apart * size + block % apart * half
+        runs = (start, start + apart * half) if apart > 1 else ()
+        found += [c for s in runs for c in range(s, s + half)]
+        found += [] if runs else range(block * size, (block + 1) * size)
+    return torch.tensor(found)
+
+
+def reflected(m: int, k: int, r: int, dtype: torch.dtype, layout: str = "") -> None:
+    """y, dx, da and db."""
+    g = torch.Generator().manual_seed(m + k + r)
+    x, dy = (torch.randn(m, k, generator=g).to(dtype) for _ in range(2))
+    a, b = torch.randn(r, k, generator=g) / k**0.5, torch.randn(k, r, generator=g) / r**0.5
+
+    def plain(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return x - x @ a.to(x.dtype).t() @ b.to(x.dtype).t()
+
+    def ours(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y: Tensor = ReflectFunction.apply(x, a, b, dtype)
+        return y
+
+    values = _laid_out(x, layout), a, b
+    within_budget(ours, plain, values, _laid_out(dy, layout), ("dx", "da", "db"))
+
+
+def within_budget(
+    ours: Callable[..., Tensor], plain: Callable[..., Tensor], values: tuple[Tensor, ...],
+    dy: Tensor, names: tuple[str, ...],
+) -> None:  # fmt: skip
+    """y and every gradient against float64; each gradient alone, and again, is the same."""
+
+    def run(op: Callable[..., Tensor], dtype: torch.dtype | None, wanted: range) -> list[Tensor]:
+        leaves = [v.detach() if dtype is None else v.detach().to(dtype) for v in values]
+        needs = [leaves[i].requires_grad_() for i in wanted]
+        y = op(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, needs, dy.to(y.dtype))]
+
+    every = range(len(values))
+    exact, near = run(plain, F64, every), run(plain, None, every)
+    with use("triton"), in_own_dtype():
+        got = run(ours, None, every)
+        for again in (run(ours, None, every), got[:1] + [run(ours, None, every[i : i + 1])[1]
+                                                          for i in every]):  # fmt: skip
+            for left, right in zip(got, again, strict=True):
+                assert torch.equal(left, right)
+    for what, left, middle, right in zip(("y", *names), got, near, exact, strict=True):
+        check(left, middle, right, what=what)
+
+
+TURNS = {
+    f"rotate-{'x'.join(map(str, shape))}-{count}x{size}-apart{apart}-{_short}": partial(
+        turned, shape, (count, size), apart, dtype
+    )
+    for (shape, (count, size), apart), (_short, dtype) in itertools.product(
+        (((1, 8), (1, 8), 1), ((17, 192), (6, 32), 1), ((2, 35, 96), (1, 4), 1),
+         ((5, 21), (3, 7), 1), ((130, 64), (64, 1), 1), ((3, 132), (2, 66), 1),
+         ((0, 64), (2, 32), 1), ((7, 96), (24, 4), 2), ((9, 192), (16, 12), 8),
+         ((4, 160), (2, 80), 2)),
+        (("fp32", F32), ("fp16", F16)),
+    )
+}  # fmt: skip
+TURNS["rotate-wide"] = partial(turned, (17, 64), (2, 32), 1, F16, "wide")
+TURNS["rotate-columns"] = partial(turned, (17, 64), (4, 8), 2, F32, "columns")
+REFLECTS = {
+    f"reflect-{m}x{k}-r{r}-{_short}": partial(reflected, m, k, r, dtype)
+    for (m, k, r), (_short, dtype) in itertools.product(
+        ((1, 64, 8), (17, 63, 5), (65, 192, 1), (33, 96, 64), (0, 64, 8), (7, 128, 256)),
+        (("fp32", F32), ("fp16", F16)),
+    )
+}
+REFLECTS["reflect-wide"] = partial(reflected, 17, 64, 8, F16, "wide")
+REFLECTS["reflect-columns"] = partial(reflected, 17, 64, 8, F32, "columns")
+
+
 # what is refused
 
 
@@ -444,6 +549,16 @@ REFUSED = {
          lambda: (torch.zeros(8, dtype=F64), torch.tensor([1]), 0.5, F64)),
         ("scale-f64", "x is torch.float64", "scale_fwd",
          lambda: (torch.zeros(2, 3, dtype=F64), torch.zeros(3), None, None, 1)),
+        ("rotate-f64", "d is torch.float64", "rotate_fwd",
+         lambda: (torch.zeros(2, 4), torch.zeros(1, 4, 4, dtype=F64), 1, F32)),
+        ("rotate_bwd-f64", "g is torch.float64", "rotate_bwd",
+         lambda: (torch.zeros(2, 4, dtype=F64), torch.zeros(2, 4), torch.zeros(1, 4, 4), 1, True,
+                  True)),
+        ("reflect-r", "r=257 is more than 256", "reflect_fwd",
+         lambda: (torch.zeros(2, 4), torch.zeros(257, 4), torch.zeros(4, 257), F32)),
+        ("reflect_bwd-f64", "x is torch.float64", "reflect_bwd",
+         lambda: (torch.zeros(2, 4, dtype=F64),) * 2 + (torch.zeros(2, 1), torch.zeros(1, 4),
+                  torch.zeros(4, 1), True, True, True)),
         ("row_norm-r", "r=129 is more than 128", "row_norm", partial(_norm_of, r=129)),
         ("row_norm-f64", "W is torch.float64", "row_norm", partial(_norm_of, dtype=F64)),
         ("row_norm-odd", "k=5 is odd", "row_norm", _odd_norm),
@@ -472,6 +587,8 @@ CASES: dict[str, Callable[[], None]] = {
     **SPLITS,
     **NORMS,
     **SCALES,
+    **TURNS,
+    **REFLECTS,
     **REFUSED,
 }
 
@@ -502,6 +619,8 @@ SPREAD = {
     "row_norm-1x64-r5-nested-fp32", "row_norm-65x192-r1-dense-fp32",
     "row_norm-65x192-r128-nested-fp16", "row_norm-transposed",
     *(name for name in SCALES if "300" not in name and "16x16" not in name),
+    *(name for name in TURNS if "-35x" not in name),
+    *(name for name in REFLECTS if "r64" not in name),
     *REFUSED,
 }  # fmt: skip
 """Each kernel and each of its branches once: what a default run does, the rest is slow."""

@@ -140,12 +140,9 @@ class BOFT(Adapter):
 
 def _butterfly(x: Tensor, d: Tensor) -> Tensor:
     """x B: the last factor first. x: (..., k), k any multiple of the segments of ``d``."""
-    shape, half = x.shape, d.shape[-1] // 2
-    for i in range(d.shape[0] - 1, 0, -1):
-        apart = (-1, 2, 2**i, half)
-        turned = rotate(x.reshape(apart).transpose(1, 2).reshape(shape), d[i])
-        x = turned.view(-1, 2**i, 2, half).transpose(1, 2).reshape(shape)
-    return rotate(x, d[0])
+    for i in range(d.shape[0] - 1, -1, -1):
+        x = rotate(x, d[i], 2**i)
+    return x
 
 
 def _product(d: Tensor) -> Tensor:

@@ -24,8 +24,7 @@ from fastadapt.adapter import Adapter
 from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError, FastAdaptWarning
-from fastadapt.ops.low_rank import low_rank
-from fastadapt.ops.precision import compute_dtype
+from fastadapt.ops.reflect import reflect
 
 
 @dataclass
@@ -81,8 +80,7 @@ class HRA(Adapter):
         if base.indexed or len(base.shape) > 2:
             return super().forward(x, base)
         u, ut = self._chain()
-        kind = compute_dtype(x)
-        return base(x.to(kind) + low_rank(x, u.t(), ut, -1.0, compute=kind, out=kind))
+        return base(reflect(x, u.t(), ut))
 
     def _chain(self) -> tuple[Tensor, Tensor]:
         """(U, U T), unit columns: the chain is I - U T U^T. No solver takes half precision."""

@@ -12,6 +12,7 @@ Source: LoRA (arXiv 2106.09685), QLoRA (arXiv 2305.14314).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -199,7 +200,7 @@ def _backward(
     return dx, da, db if need_b else nothing
 
 
-def unviewed(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+def unviewed(y: Tensor, shape: Sequence[int]) -> Tensor:
     """y in another shape, not counted as a view of it: autograd forbids changing in place a view
     that was made inside a Function, and a layer's output may be changed in place."""
     shaped: Tensor = torch.ops.aten._unsafe_view.default(y, shape)

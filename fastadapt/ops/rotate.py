@@ -7,6 +7,9 @@
 D is the rotation minus the identity: in half precision the diagonal of a small rotation would
 round to 1, D does not. Blocks narrower than 32 are packed into wider ones with zeros between
 them: measured on an AVX2 core, 512 x 576, blocks of 4: 1.4 ms as they are, 0.33 ms packed.
+
+``apart`` > 1 is a factor of a butterfly: a block takes two runs of s / 2 neighbours, the second
+apart s / 2 channels after the first, so that ``apart`` blocks share a segment of apart s channels.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from fastadapt.ops.precision import compute_dtype, product_dtype
 _WIDTH = 32
 
 
-def rotate(x: Tensor, d: Tensor) -> Tensor:
+def rotate(x: Tensor, d: Tensor, apart: int = 1) -> Tensor:
     """See the module's first lines. x: (..., k); the result is in the dtype that a product with x
     is asked for (autocast's, or x's). Raises KernelError for blocks that do not fill k."""
     if d.dim() != 3 or d.shape[1] != d.shape[2] or x.shape[-1] % (d.shape[0] * d.shape[1]):
@@ -32,7 +35,12 @@ def rotate(x: Tensor, d: Tensor) -> Tensor:
             f"rotate: expected d (g, s, s) with k={x.shape[-1]} a multiple of g s, got "
             f"{tuple(d.shape)}"
         )
-    y: Tensor = RotateFunction.apply(x, d, compute_dtype(x))  # type: ignore[no-untyped-call]
+    if apart < 1 or (apart > 1 and (d.shape[1] % 2 or x.shape[-1] % (apart * d.shape[1]))):
+        raise KernelError(
+            f"rotate: expected apart=1, or s={d.shape[1]} even and k={x.shape[-1]} a multiple of "
+            f"apart s, got apart={apart}"
+        )
+    y: Tensor = RotateFunction.apply(x, d, apart, compute_dtype(x))  # type: ignore[no-untyped-call]
     return y
 
 
@@ -61,40 +69,62 @@ def cayley(q: Tensor, terms: int | None = None) -> Tensor:
 
 class RotateFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, d: Tensor, out: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, d: Tensor, apart: int, out: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, d)
-        y: Tensor = rotate_fwd(x, d, False, out)
+        ctx.apart = apart
+        y: Tensor = rotate_fwd(x, d, apart, out)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, d = ctx.saved_tensors
-        need_x, need_d, _ = ctx.needs_input_grad
-        dx = rotate_fwd(g, d, True, x.dtype) if need_x else None
-        return dx, rotate_bwd(x, g, d) if need_d else None, None
+        need_x, need_d = ctx.needs_input_grad[:2]
+        dx, dd = rotate_bwd(g, x, d, ctx.apart, need_x, need_d)
+        return dx if need_x else None, dd if need_d else None, None, None
 
 
-def rotate_fwd_reference(x: Tensor, d: Tensor, transposed: bool, out: torch.dtype) -> Tensor:
-    low = product_dtype(out, x.device)
+def rotate_fwd_reference(x: Tensor, d: Tensor, apart: int, out: torch.dtype) -> Tensor:
+    return _turned(x, d, apart, out)
+
+
+def rotate_bwd_reference(
+    g: Tensor, x: Tensor, d: Tensor, apart: int, need_x: bool, need_d: bool
+) -> tuple[Tensor, Tensor]:
+    """(dx in x's dtype, dD in d's); an empty tensor where none is needed."""
+    # outputs of an op must not share memory: a nothing each
+    dx, dd = x.new_empty(0), d.new_empty(0)
+    if need_x:
+        dx = _turned(g, d.transpose(1, 2), apart, x.dtype)
+    if need_d:
+        low = product_dtype(g.dtype, x.device)
+        count, size = d.shape[:2]
+        pack = _pack(count, size)
+        shape = (-1, count // pack, pack * size)
+        left, right = (
+            _gathered(t.to(low), size, apart).reshape(shape).transpose(0, 1) for t in (x, g)
+        )
+        wide = torch.bmm(left.transpose(1, 2), right).view(-1, pack, size, pack, size)
+        dd = wide.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(d.shape).to(d.dtype)
+    return dx, dd
+
+
+def _turned(x: Tensor, d: Tensor, apart: int, out: torch.dtype) -> Tensor:
+    low, size = product_dtype(out, x.device), d.shape[1]
     blocks = _packed(d).to(low)
-    y = x.to(low, copy=True, memory_format=torch.contiguous_format)
-    rows = x.to(low).reshape(-1, *blocks.shape[:2]).transpose(0, 1)
-    if transposed:
-        blocks = blocks.transpose(1, 2)
+    held = _gathered(x.to(low), size, apart)
+    y = held.clone(memory_format=torch.contiguous_format)
+    rows = held.reshape(-1, *blocks.shape[:2]).transpose(0, 1)
     y.view(-1, *blocks.shape[:2]).transpose(0, 1).baddbmm_(rows, blocks)
+    y = y if apart == 1 else y.view(-1, apart, 2, size // 2).transpose(1, 2).reshape(x.shape)
     return y.to(out)
 
 
-def rotate_bwd_reference(x: Tensor, g: Tensor, d: Tensor) -> Tensor:
-    """dD, in the dtype of d."""
-    low = product_dtype(g.dtype, x.device)
-    count, size = d.shape[:2]
-    pack = _pack(count, size)
-    shape = (-1, count // pack, pack * size)
-    left, right = (t.to(low).reshape(shape).transpose(0, 1) for t in (x, g))
-    wide = torch.bmm(left.transpose(1, 2), right).view(-1, pack, size, pack, size)
-    return wide.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(d.shape).to(d.dtype)
+def _gathered(x: Tensor, size: int, apart: int) -> Tensor:
+    """The channels of each block side by side."""
+    if apart == 1:
+        return x
+    return x.reshape(-1, 2, apart, size // 2).transpose(1, 2).reshape(x.shape)
 
 
 def _pack(count: int, size: int) -> int:
@@ -114,7 +144,13 @@ def _packed(d: Tensor) -> Tensor:
 
 rotate_fwd = Op(
     "rotate_fwd",
-    "(Tensor x, Tensor d, bool transposed, ScalarType out) -> Tensor",
+    "(Tensor x, Tensor d, int apart, ScalarType out) -> Tensor",
     rotate_fwd_reference,
+    triton="fastadapt.kernels.rotate:rotate_fwd",
 )
-rotate_bwd = Op("rotate_bwd", "(Tensor x, Tensor g, Tensor d) -> Tensor", rotate_bwd_reference)
+rotate_bwd = Op(
+    "rotate_bwd",
+    "(Tensor g, Tensor x, Tensor d, int apart, bool need_x, bool need_d) -> (Tensor, Tensor)",
+    rotate_bwd_reference,
+    triton="fastadapt.kernels.rotate:rotate_bwd",
+)

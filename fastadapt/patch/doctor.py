@@ -16,6 +16,7 @@ from fastadapt.ops import (  # noqa: F401 (registers the ops)
     low_rank_mixed,
     native,
     nf4,
+    reflect,
     rotate,
     row_norm,
     scale,
@@ -185,8 +186,10 @@ def _cases(device: torch.device) -> dict[str, tuple[Any, ...]]:
         "row_norm": (a, b, 0.5, *weight),
         "scale_fwd": (x, normal(k), normal(k), normal(m, k), 1),
         "scale_bwd": (normal(m, k), x, normal(k), 1, True, True),
-        "rotate_fwd": (x, turn, False, f32),
-        "rotate_bwd": (x, normal(m, k), turn),
+        "rotate_fwd": (x, turn, 2, f32),
+        "rotate_bwd": (normal(m, k), x, turn, 2, True, True),
+        "reflect_fwd": (x, a, normal(k, r), f32),
+        "reflect_bwd": (normal(m, k), x, normal(m, r), a, normal(k, r), True, True, True),
     }
 
 

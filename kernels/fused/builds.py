@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import dropout, low_rank, nf4, nf4_gemm, row_norm, scale
-from .tiles import INPUT_GRAD, TILES, gemm
+from . import dropout, low_rank, nf4, nf4_gemm, reflect, rotate, row_norm, scale
+from .tiles import INPUT_GRAD, REFLECT, ROTATE, ROTATE_GRAD, TILES, gemm
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DECODE_LIMIT, PAIR_LIMIT = 9.2, 7.5
@@ -163,6 +163,52 @@ def _scale_bwd(dtype: str) -> Iterator[Variant]:
         )  # fmt: skip
 
 
+_BLOCKS = (4, 32, 48, 256)
+"""Packed; packed whole; with a rest; cut into tiles."""
+
+
+def _rotate_fwd(dtype: str) -> Iterator[Variant]:
+    tile = ROTATE[DTYPES[dtype].itemsize]
+    for size, pack, whole in _packs(tile.columns):
+        for turned in (False, True):
+            for apart in (1, 2)[: 2 - turned]:
+                yield Variant(
+                    f"blocks of {size}{' apart' if apart > 1 else ''}"
+                    f"{' turned' if turned else ''}",
+                    tile.launch() | {"SIZE": size, "PACK": pack, "WHOLE": whole, "APART": apart,
+                                     "TURNED": turned},
+                    elements=tile.rows * tile.columns, quick=size == 32 and not turned,
+                )  # fmt: skip
+
+
+def _rotate_bwd(dtype: str) -> Iterator[Variant]:
+    tile = ROTATE_GRAD[DTYPES[dtype].itemsize]
+    for size, pack, whole in _packs(tile.columns):
+        for apart in (1, 2):
+            yield Variant(
+                f"blocks of {size}{' apart' if apart > 1 else ''}",
+                tile.launch() | {"SIZE": size, "PACK": pack, "WHOLE": whole, "APART": apart,
+                                 "DX": size <= tile.columns, "DD": True},
+                elements=tile.rows * tile.columns, quick=size == 32,
+            )  # fmt: skip
+
+
+def _packs(columns: int) -> Iterator[tuple[int, int, bool]]:
+    """(block size, blocks of a unit, whether tiles end where units do)."""
+    for size in _BLOCKS:
+        pack = max(1, columns // size)
+        yield size, pack, pack * size % columns == 0
+
+
+def _reflect(dtype: str) -> Iterator[Variant]:
+    size, step = REFLECT[DTYPES[dtype].itemsize]
+    for ranks in (r for r in _RANKS if r <= step):
+        yield Variant(
+            f"rank {ranks}", size.launch() | {"RANKS": ranks}, elements=size.rows * size.columns,
+            quick=ranks == 16,
+        )  # fmt: skip
+
+
 def _absmax(nested: int) -> dict[str, str]:
     return {"absmax": "*u8"} if nested else {}
 
@@ -198,6 +244,13 @@ ROWS = (
     Row(row_norm.row_norm_kernel,
         f"*D w, {_STATS}, *D a, *fp32 b, *fp32 gram_b, *fp32 norm, i32 n, i32 k, i32 r, "
         "i32 stride_row, i32 stride_column, fp32 scale", _row_norm),
+    Row(rotate.rotate_fwd_kernel,
+        "*D x, *fp32 d, *D y, i32? m, i32 k, i32? count, i32 stride_x", _rotate_fwd),
+    Row(rotate.rotate_bwd_kernel,
+        "*D g, *D x, *fp32 d, *D dx, *fp32 parts, i32? m, i32 k, i32? count, i32 stride_g, "
+        "i32 stride_x, i32? depth", _rotate_bwd),
+    Row(reflect.reflect_kernel,
+        "*D x, *D u, *D w, *D y, i32? m, i32 k, i32 r, i32 stride_x", _reflect),
     Row(scale.scale_fwd_kernel,
         "*D x, *fp32 v, *fp32 shift, *D rest, *D y, i32? rows, i32 c, i32? inner", _scale_fwd),
     Row(scale.scale_bwd_kernel,

@@ -56,6 +56,14 @@ TILES: dict[str, dict[int, dict[int, Tile]]] = {
 INPUT_GRAD: dict[int, tuple[Tile, int]] = {2: (_LARGE, 64), 4: (_SHALLOW, 16)}
 """bytes of an element -> (tile, the largest step)"""
 
+# the same of a reflection; without the dropout it has registers for a load more, but on sm_100
+# not with four warps
+REFLECT: dict[int, tuple[Tile, int]] = {2: (_WIDE, 64), 4: (_SHALLOW, 16)}
+
+ROTATE: dict[int, Tile] = {2: Tile(128, 64, 8, 3), 4: _SMALL}
+ROTATE_GRAD: dict[int, Tile] = {2: Tile(128, 64, 8, 2), 4: _SMALL}
+"""bytes of an element -> tile; its columns are the widest block that is not cut."""
+
 
 def rank_block(r: int) -> int:
     """r as tl.dot takes it: a power of two from 16 on."""
