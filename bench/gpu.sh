@@ -6,7 +6,7 @@
 #
 # STAGES: tests ops beta dequant_gemm dequant fused auto row_norm layers train methods (default: all but ops).
 # Each has a time limit of its own (LIMIT seconds, default 150; tests twice that), so that a machine
-# lent for ten minutes gives partial results. They go to OUT, default bench/results/<gpu>/.
+# lent for ten minutes gives partial results; methods four times. They go to OUT, default bench/results/<gpu>/.
 # Nothing is installed or fetched: the package runs from this tree. PYTHON names the interpreter.
 # --device cpu --quick rehearses on tiny sizes; its times mean nothing.
 set -uo pipefail
@@ -90,8 +90,8 @@ for each in "${stages[@]}"; do
                     --shapes "$one" --rounds "$rounds" "${sizes[@]}" --out "$out/train-$one.json"
             done ;;
         methods)
-            more=(--rounds "${ROUNDS:-10}"); [ "$quick" -eq 0 ] || more=(--quick)
-            stage methods "$limit" "$python" bench/bench_methods.py --device "$device" \
+            more=(--rounds "${ROUNDS:-7}"); [ "$quick" -eq 0 ] || more=(--quick)
+            stage methods $((4 * limit)) "$python" bench/bench_methods.py --device "$device" \
                 --out "$out/methods.json" "${more[@]}" ;;
         *) fail "unknown stage $each" ;;
     esac
