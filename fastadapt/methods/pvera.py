@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import UnsupportedError
 from fastadapt.methods import fields
-from fastadapt.methods.pair import PairAdapter, drop_part
-from fastadapt.methods.projection import generator, largest, near, size, uniform
-from fastadapt.ops.precision import compute_dtype, product_dtype
+from fastadapt.methods.projection import generator
+from fastadapt.methods.vera import Vera
 from fastadapt.targets import DEFAULT_TARGETS
 
 
@@ -61,7 +60,7 @@ class PveraConfig(AdapterConfig):
         fields.projections_kept(self, "pvera_A and pvera_B", "projection_prng_key")
 
 
-class Pvera(PairAdapter):
+class Pvera(Vera):
     name, prefix, Config = "pvera", "pvera_lambda_", PveraConfig
     must_agree: ClassVar = {
         "projection_prng_key": "PVeRA PRNG initialisation key must be the same for all adapters",
@@ -69,64 +68,27 @@ class Pvera(PairAdapter):
     }
     constant = ("pvera_A", "pvera_B")
     dropout = "pvera_dropout"
-
-    @classmethod
-    def shared(cls, config: PveraConfig, bases: dict[str, Base]) -> dict[str, nn.Parameter]:
-        out, width = largest(bases.values())
-        source = generator(config.projection_prng_key)
-        a = uniform(2 * config.r, width, source)
-        return {"pvera_A": a, "pvera_B": uniform(out, config.r, source)}
+    times = 2
 
     def build(self, base: Base, shared: Any) -> None:
-        config: PveraConfig = self.config
         if base.groups > 1:
             raise UnsupportedError(
                 "PVeRA is not supported for a grouped convolution: z is drawn from all input "
                 "channels, of which a group sees its own"
             )
-        self.identity_at_init = config.init_weights  # type: ignore[misc]
-        b, d = torch.ones(base.shape[0]), torch.randn(2 * config.r)
-        if config.init_weights:
-            b.zero_()
-            d.fill_(config.d_initial)
-        seed = config.generator_seed
-        self.parts = {
-            "pvera_dropout": drop_part(config.pvera_dropout), "pvera_lambda_b": nn.Parameter(b),
-            "pvera_lambda_d": nn.Parameter(d), **shared,
-        }  # fmt: skip
-        self.values = {
-            "r": config.r, "sample_at_inference": config.sample_at_inference,
+        super().build(base, shared)
+        seed = self.config.generator_seed
+        self.values |= {
+            "sample_at_inference": self.config.sample_at_inference,
             "pvera_generator": None if seed is None else generator(seed),
-        }  # fmt: skip
+        }
 
-    def file_key(self, part: str, leaf: str) -> str | None:
-        if part not in self.constant:
-            return super().file_key(part, leaf)
-        return f"/{part}" if self.config.save_projection else None
+    def draws(self) -> bool:
+        return bool(self["sample_at_inference"] or self["pvera_dropout"].training)
 
-    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        a, b, d, r = *self._corner(shape), self["pvera_lambda_d"], self["r"]
-        return d[:r, None] * a[:r], self["pvera_lambda_b"][:, None] * b
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        (a, b), r = self._corner(base.shape), self["r"]
-        y, kept = base(x), base.drop(x, self.rate("pvera_dropout"))
-        kind = a.dtype if base.indexed else product_dtype(compute_dtype(x), x.device)
-        kept = kept if base.indexed else kept.to(kind)
-        a, d = a.to(kind).view(-1, *base.shape[1:]), self["pvera_lambda_d"].to(kind)
-        z = base.apply(kept, a[:r]) * base.channels(d[:r])
-        if self["sample_at_inference"] or self["pvera_dropout"].training:
-            std = torch.exp(0.5 * (base.apply(kept, a[r:]) * base.channels(d[r:])))
-            z = z + std * self._noise(std)
-        return y + base.mix(z, (self["pvera_lambda_b"][:, None] * b).to(kind)).to(y.dtype)
-
-    def _noise(self, std: Tensor) -> Tensor:
+    def noise(self, h: Tensor) -> Tensor:
         source = self["pvera_generator"]
+        shape = (*h.shape[:-1], h.shape[-1] // 2)
         if source is None:
-            return torch.randn_like(std)
-        return torch.randn(std.shape, dtype=std.dtype, generator=source).to(std.device)
-
-    def _corner(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        out, width = size(shape)
-        own = self["pvera_lambda_d"]
-        return near(self["pvera_A"], own)[:, :width], near(self["pvera_B"], own)[:out]
+            return torch.randn(shape, dtype=h.dtype, device=h.device)
+        return torch.randn(shape, dtype=h.dtype, generator=source).to(h.device)

@@ -4,8 +4,8 @@
     A: (r, in * kernel)  B: (out, r)  d: (r,), starts at d_initial  b: (out,), starts at 0
 
 A and B have the largest sizes among the layers; a layer takes their first rows and columns.
-Neither x nor the output is kept for backward, only two tensors of r columns: A is frozen, and the
-gradient of b comes from that of diag(b) B.
+Neither x nor the output is kept for backward, only A x, which is one product for the layers that
+get the same x: A is frozen, and the gradient of b comes from that of diag(b) B.
 Source: VeRA (arXiv 2310.11454).
 """
 
@@ -21,7 +21,15 @@ from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.methods import fields
 from fastadapt.methods.pair import PairAdapter, drop_part
-from fastadapt.methods.projection import generator, largest, near, size, uniform
+from fastadapt.methods.projection import (
+    ScaledFunction,
+    generator,
+    largest,
+    near,
+    projected,
+    size,
+    uniform,
+)
 from fastadapt.ops.precision import compute_dtype, product_dtype
 from fastadapt.targets import DEFAULT_TARGETS
 
@@ -58,31 +66,34 @@ class VeraConfig(AdapterConfig):
 
 
 class Vera(PairAdapter):
-    name, prefix, Config = "vera", "vera_lambda_", VeraConfig
+    name, prefix = "vera", "vera_lambda_"
+    Config: ClassVar[type[AdapterConfig]] = VeraConfig
     must_agree: ClassVar = {
         "projection_prng_key": "Vera PRNG initialisation key must be the same for all adapters",
         "save_projection": "VeRA projection weights must be saved for all adapters or none",
     }
     constant = ("vera_A", "vera_B")
     dropout = "vera_dropout"
+    times: ClassVar[int] = 1
+    """Rows of A for each column of B."""
 
     @classmethod
-    def shared(cls, config: VeraConfig, bases: dict[str, Base]) -> dict[str, nn.Parameter]:
+    def shared(cls, config: Any, bases: dict[str, Base]) -> dict[str, nn.Parameter]:
         out, width = largest(bases.values())
         source = generator(config.projection_prng_key)
-        a = uniform(config.r, width, source)
-        return {"vera_A": a, "vera_B": uniform(out, config.r, source)}
+        a = uniform(cls.times * config.r, width, source)
+        return dict(zip(cls.constant, (a, uniform(out, config.r, source)), strict=True))
 
     def build(self, base: Base, shared: Any) -> None:
-        config: VeraConfig = self.config
+        config = self.config
         self.identity_at_init = config.init_weights  # type: ignore[misc]
-        b, d = torch.ones(base.shape[0]), torch.randn(config.r)
+        b, d = torch.ones(base.shape[0]), torch.randn(self.times * config.r)
         if config.init_weights:
             b.zero_()
             d.fill_(config.d_initial)
         self.parts = {
-            "vera_dropout": drop_part(config.vera_dropout), "vera_lambda_b": nn.Parameter(b),
-            "vera_lambda_d": nn.Parameter(d), **shared,
+            self.dropout: drop_part(getattr(config, self.dropout)),
+            self.prefix + "b": nn.Parameter(b), self.prefix + "d": nn.Parameter(d), **shared,
         }  # fmt: skip
         self.values = {"r": config.r}
 
@@ -92,22 +103,37 @@ class Vera(PairAdapter):
         return f"/{part}" if self.config.save_projection else None
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        a, b = self._corner(shape)
-        return self["vera_lambda_d"][:, None] * a, self["vera_lambda_b"][:, None] * b
+        a, b, d, scale = self._tensors(shape[0])
+        r: int = self["r"]
+        return d[:r, None] * a[:r, : size(shape)[1]], scale[:, None] * b
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         if base.groups > 1:
             return super().forward(x, base)
-        a, b = self._corner(base.shape)
-        d, scale = self["vera_lambda_d"], self["vera_lambda_b"]
-        y, kept = base(x), base.drop(x, self.rate("vera_dropout"))
+        a, b, d, scale = self._tensors(base.shape[0])
+        r = d.numel() if self.draws() else self["r"]
+        y, kept = base(x), base.drop(x, self.rate(self.dropout))
         kind = a.dtype if base.indexed else product_dtype(compute_dtype(x), x.device)
-        kept = kept if base.indexed else kept.to(kind)
-        h = base.apply(kept, a.to(kind).view(-1, *base.shape[1:])) * base.channels(d.to(kind))
-        return y + base.mix(h, (scale[:, None] * b).to(kind)).to(y.dtype)
+        axis = y.dim() + 1 - len(base.shape)
+        if base.indexed or len(base.shape) > 2:
+            corner = a[:r, : size(base.shape)[1]].to(kind).view(-1, *base.shape[1:])
+            h = base.apply(kept if base.indexed else kept.to(kind), corner).movedim(axis, -1)
+        else:
+            h = projected(kept, a, r, kind)
+        noise = self.noise(h) if self.draws() else None
+        more: Tensor = ScaledFunction.apply(h, d[:r], scale, b, noise)  # type: ignore[no-untyped-call]
+        return y + more.movedim(-1, axis).to(y.dtype)
 
-    def _corner(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The parts of A and B that serve a weight of this shape."""
-        out, width = size(shape)
-        own = self["vera_lambda_d"]
-        return near(self["vera_A"], own)[:, :width], near(self["vera_B"], own)[:out]
+    def draws(self) -> bool:
+        """Whether z is drawn at random."""
+        return False
+
+    def noise(self, h: Tensor) -> Tensor:
+        """(.., r), for h (.., 2 r)."""
+        raise NotImplementedError
+
+    def _tensors(self, out: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A, B for ``out`` rows, d and b."""
+        d, scale = self[self.prefix + "d"], self[self.prefix + "b"]
+        a, b = (near(self[part], d) for part in self.constant)
+        return a, b[:out], d, scale
