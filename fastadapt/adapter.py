@@ -80,6 +80,11 @@ class Adapter:
         return cls
 
     @classmethod
+    def of_parameter(cls, config: Any) -> type[Adapter]:
+        """The class that serves one parameter of a module (``target_parameters``)."""
+        raise UnsupportedError(f"target_parameters: {cls.name} adapts layers, not parameters")
+
+    @classmethod
     def companions(
         cls, config: Any, model: Any, adapters: dict[str, Any]
     ) -> dict[str, Callable[[Base], Adapter]]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from fastadapt.kinds import kind_of
 from fastadapt.layer import AdaptedLayer, warn_low_precision
 from fastadapt.methods import method_of
 from fastadapt.modules_to_save import ModulesToSaveWrapper
+from fastadapt.parameter import AdaptedParameter, FrozenParameter, Place, places
 
 _HEADS = {
     TaskType.SEQ_CLS: ["classifier", "score"],
@@ -45,12 +47,23 @@ class Plan:
     """What one configuration will put where.
 
     config: with targets resolved; adapters: path -> adapter, in the model's order;
-    saved: paths of the modules that are trained whole.
+    saved: paths of the modules that are trained whole; parameters: those of ``adapters`` that
+    adapt one parameter of a module; paths are those once all of it is there (see ``after``).
     """
 
     config: AdapterConfig
     adapters: dict[str, Adapter]
     saved: list[str]
+    parameters: dict[str, Place] = field(default_factory=dict)
+
+    def after(self, path: str) -> str:
+        """The path of a module once the planned wrappers of parameters are there."""
+        if path in self.parameters:
+            return path
+        for place in self.parameters.values():
+            if place.layer is None and path.startswith(f"{place.module}."):
+                path = f"{place.module}.base_layer{path[len(place.module) :]}"
+        return path
 
 
 def plan(
@@ -64,15 +77,23 @@ def plan(
     config = _resolved(model, config)
     modules = dict(targets.walk(model))
     chosen = targets.select(config, modules)
-    _report(config, modules, chosen, allow_unmatched)
+    wanted = getattr(config, "target_parameters", None) or []
+    found = places(model, wanted, chosen) if wanted else []
+    _report(config, modules, chosen, found, allow_unmatched)
     bases = {p: _base(p, modules[p]) for p in chosen}
     _refuse_norms(method, bases)
     with targets.time_limit():
         own = {p: config.at(p) for p in bases}
+        own |= {place.path: config.at(place.name) for place in found}
     device = torch.device("meta") if meta else torch.device("cpu")
     with device:
         shared = method.shared(config, dict(bases))
         adapters = {p: method(own[p], base, shared) for p, base in bases.items()}
+        parameters = {place.path: place for place in found}
+        for path, place in parameters.items():
+            layer = model.get_submodule(place.module)
+            held = place.layer.frozen if place.layer else FrozenParameter(layer, place.key)
+            adapters[path] = method.of_parameter(config)(own[path], held)
         more = method.companions(config, model, adapters)
         both = [p for p in more if p in adapters or p not in modules]
         if both:
@@ -81,7 +102,7 @@ def plan(
                 "one adapter has one form at a layer, choose one"
             )
         adapters.update({p: make(_base(p, modules[p])) for p, make in more.items()})
-    _refuse_changes(modules, adapters)
+    _refuse_changes({**modules, **{p: place.layer for p, place in parameters.items()}}, adapters)
     wanted = config.modules_to_save or []
     # PEFT's rule is a plain suffix here: "norm" takes input_layernorm too, and so do its files
     saved = [p for p in modules if p.endswith(tuple(wanted))]
@@ -93,7 +114,7 @@ def plan(
         raise TargetError(f"modules_to_save: no module is named {absent}")
     for path in saved:
         _refuse_whole(path, modules[path])
-    return Plan(config, adapters, saved)
+    return Plan(config, adapters, saved, parameters)
 
 
 def attach(model: nn.Module, made: Plan, name: str, *, autocast_adapter_dtype: bool = True) -> None:
@@ -109,14 +130,20 @@ def attach(model: nn.Module, made: Plan, name: str, *, autocast_adapter_dtype: b
         hold_weights(model)
     placed: dict[int, Part] = {}
     for path, adapter in made.adapters.items():
-        layer = layers.get(path) or _replace(model, path, AdaptedLayer)
+        place = made.parameters.get(path)
+        if place is None:
+            layer = layers.get(path) or _replace(model, path, AdaptedLayer)
+        else:
+            layer = place.layer or _replace(
+                model, place.module, partial(AdaptedParameter, parameter_name=place.key)
+            )
         widen = autocast_adapter_dtype and not adapter.keeps_dtype
         _place(adapter, layer.frozen, widen, placed)
         layer.add(name, adapter)
         adapter.start(layer.frozen)
         layer.admit(name, active, name in active and not made.config.inference_mode)
-    constants.share((model.get_submodule(path) for path in made.adapters), name)
-    for path in made.saved:
+    constants.share((model.get_submodule(made.after(path)) for path in made.adapters), name)
+    for path in map(made.after, made.saved):
         wrapper = layers.get(path) or _replace(model, path, ModulesToSaveWrapper)
         wrapper.add(name)
         wrapper.set_adapter(active, inference_mode=made.config.inference_mode)
@@ -189,8 +216,13 @@ def _train_bias(layer: nn.Module) -> None:
 def _resolved(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     """A copy with targets as names and the task's heads among modules_to_save."""
     wanted = config.target_modules
-    if wanted is None and not getattr(config, "target_parameters", None):
-        wanted = config.default_targets_in(model)
+    if wanted is None:
+        try:
+            wanted = config.default_targets_in(model)
+        except TargetError:
+            if not getattr(config, "target_parameters", None):
+                raise
+            wanted = set()
         wanted = wanted if isinstance(wanted, str) else set(wanted)
     if isinstance(wanted, str) and wanted.lower() == targets.ALL_LINEAR:
         paths = all_linear(model)
@@ -221,6 +253,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _base(path: str, module: nn.Module) -> FrozenLayer:
+    if isinstance(module, AdaptedParameter):
+        raise UnsupportedError(
+            f"Target module {path} is not supported: {module.parameter_name} of it has adapters "
+            "of `target_parameters`"
+        )
     if isinstance(module, AdaptedLayer):
         return module.frozen
     try:
@@ -276,15 +313,19 @@ def _refuse_whole(path: str, module: nn.Module) -> None:
 
 
 def _report(
-    config: AdapterConfig, modules: dict[str, Any], chosen: list[str], allow_unmatched: bool
+    config: AdapterConfig,
+    modules: dict[str, Any],
+    chosen: list[str],
+    parameters: list[Place],
+    allow_unmatched: bool,
 ) -> None:
     absent = targets.unmatched(config, modules)
     # without anything chosen the reason is looked for, otherwise only exclusions can be in vain
     excluded = []
-    if config.exclude_modules or not chosen:
+    if config.exclude_modules or not (chosen or parameters):
         test = targets.Matcher(config)
         excluded = [p for p in modules if test.excludes(p)]
-    if not chosen and excluded:
+    if not chosen and not parameters and excluded:
         if len(excluded) == len(modules):
             raise TargetError(
                 "All modules were excluded. This is likely unintended. Check your "
@@ -301,7 +342,20 @@ def _report(
             f"You have passed exclude_modules={config.exclude_modules} but no modules were "
             "excluded. Please check that exclude_modules was set correctly.", stacklevel=4,
         )  # fmt: skip
-    if not chosen:
+    asked_parameters = getattr(config, "target_parameters", None)
+    if not chosen and not parameters and not config.target_modules and asked_parameters:
+        raise TargetError(
+            "No `target_modules` passed but also no `target_parameters` found. Please check the "
+            "values for these arguments."
+        )
+    if bool(chosen) != bool(parameters):
+        name = "target_parameters" if chosen else "target_modules"
+        if getattr(config, name, None):
+            text = f"{name}={getattr(config, name)} were set but no {name[7:-1]} was matched."
+            if not allow_unmatched:
+                raise TargetError(text)
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+    if not chosen and not parameters:
         asked = config.target_modules
         near: dict[str, str | None] = {k: v for k, v in absent.items() if v}
         hint = f" Near: {targets.describe(near)}." if near else ""
@@ -317,7 +371,7 @@ def _report(
         warnings.warn(text, FastAdaptWarning, stacklevel=4)
 
 
-def _replace(model: nn.Module, path: str, wrapper: type[Any]) -> Any:
+def _replace(model: nn.Module, path: str, wrapper: Callable[[nn.Module], Any]) -> Any:
     made = wrapper(model.get_submodule(path))
     put(model, path, made)
     return made
@@ -325,7 +379,7 @@ def _replace(model: nn.Module, path: str, wrapper: type[Any]) -> Any:
 
 def _place(adapter: Adapter, base: FrozenLayer, autocast: bool, placed: dict[int, Part]) -> None:
     """Parts to the base's device and dtype; half precision is widened when ``autocast`` is on."""
-    device, dtype = base.layer.weight.device, base.weight.dtype
+    device, dtype = base.weight.device, base.weight.dtype
     for key, part in adapter.parts.items():
         # a part that layers share is placed once
         if id(part) not in placed:

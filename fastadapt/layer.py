@@ -35,7 +35,7 @@ class AdaptedLayer(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.frozen = FrozenLayer(base_layer)
+        self.frozen = self._freeze(base_layer)
         self.adapters: dict[str, Adapter] = {}
         self.merged_adapters: list[str] = []
         self._part_names: list[str] = []
@@ -51,6 +51,9 @@ class AdaptedLayer(nn.Module):
         self.merge_share: LayerMerge | None = None
         self.frozen.weight.attach()
         self.train(base_layer.training)
+
+    def _freeze(self, base_layer: nn.Module) -> FrozenLayer:
+        return FrozenLayer(base_layer)
 
     # what PEFT's tools ask of a layer
 
@@ -282,9 +285,11 @@ class AdaptedLayer(nn.Module):
 
     def undo_merge(self) -> None:
         """Put the base weight back as it was before the last merge that is still there."""
-        device = self.weight.device
-        self.frozen, held, self.merged_adapters = self._snapshots.pop()
-        self.base_layer, self.merge_share = self.frozen.layer, None
+        device = self.frozen.weight.device
+        before, held, self.merged_adapters = self._snapshots.pop()
+        if before is not self.frozen:
+            self.base_layer, self.frozen = before.layer, before
+        self.merge_share = None
         self.frozen.restore(held)
         self.base_layer.to(device)
 

@@ -327,7 +327,8 @@ class Adapters:
         if merge and safe_merge:
             # all layers are checked before the first is taken out
             self.merge_adapter(adapter_names, safe_merge=True, **keep)
-        for path, layer in _progress(layers, progressbar):
+        # what stands inside a wrapper of a parameter comes out before it
+        for path, layer in _progress(layers[::-1], progressbar):
             if isinstance(layer, ModulesToSaveWrapper):
                 chosen = adapter_names or layer.active_adapters
                 kept = [layer.modules_to_save[n] for n in chosen if n in layer.modules_to_save]

@@ -16,6 +16,7 @@ from fastadapt.adapter import Adapter, Part
 from fastadapt.config import AdapterConfig
 from fastadapt.layer import AdaptedLayer
 from fastadapt.modules_to_save import ModulesToSaveWrapper
+from fastadapt.parameter import depth, innermost
 
 PREFIX = "base_model.model."
 EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -43,24 +44,23 @@ def planned(root: nn.Module, made: inject.Plan) -> dict[str, Slot]:
     found: dict[str, Slot] = {}
     for path, adapter in made.adapters.items():
         for part, module in adapter.parts.items():
-            found.update(_of_part(path, "", part, module, adapter))
+            found.update(_of_part(made.after(path), "", part, module, adapter))
     modules = dict(targets.walk(root))
     for path in made.saved:
         original = getattr(modules[path], "original_module", modules[path])
         for key, tensor in original.state_dict().items():
-            found[PREFIX + f"{path}.{key}"] = Slot("", tensor)
+            found[PREFIX + f"{made.after(path)}.{key}"] = Slot("", tensor)
     mode = getattr(made.config, "bias", "none")
-    found.update(_biases(root, mode, set(made.adapters), only=set(made.adapters)))
+    found.update(_biases(root, mode, set(made.adapters), made))
     return found
 
 
 def existing(root: nn.Module, config: AdapterConfig, name: str) -> dict[str, Slot]:
     """The keys of an adapter that the model has."""
     found: dict[str, Slot] = {}
-    adapted, own = set(), set()
+    own = set()
     for path, layer in inject.adapted(root):
         if isinstance(layer, AdaptedLayer):
-            adapted.add(path)
             if name not in layer.adapters:
                 continue
             own.add(path)
@@ -70,7 +70,7 @@ def existing(root: nn.Module, config: AdapterConfig, name: str) -> dict[str, Slo
             live = f"{path}.modules_to_save.{name}."
             for key, tensor in layer.modules_to_save[name].state_dict().items():
                 found[PREFIX + f"{path}.{key}"] = Slot(live + key, tensor)
-    found.update(_biases(root, getattr(config, "bias", "none"), adapted, only=own))
+    found.update(_biases(root, getattr(config, "bias", "none"), own))
     return found
 
 
@@ -84,16 +84,16 @@ def embeddings(root: nn.Module, adapted: set[str]) -> dict[str, Slot]:
             id(module) not in ends if ends else path.rpartition(".")[2] not in EMBEDDINGS
         ):
             continue
-        weight = getattr(getattr(module, "base_layer", module), "weight", None)
+        weight = getattr(innermost(module), "weight", None)
         if isinstance(weight, Tensor) and weight.is_floating_point():
-            middle = ".base_layer" if path in adapted else ""
+            middle = ".base_layer" * max(depth(module), path in adapted)
             found[PREFIX + f"{path}{middle}.weight"] = Slot(f"{path}{middle}.weight", weight)
     return found
 
 
 def biases(root: nn.Module, adapted: set[str]) -> dict[str, Slot]:
     """The base's biases, whatever the configuration trains: a state dict may hold them too."""
-    return dict(_biases(root, "all", adapted, adapted))
+    return dict(_biases(root, "all", adapted))
 
 
 def vocabulary(root: nn.Module) -> dict[str, int]:
@@ -149,17 +149,22 @@ def _of_part(
 
 
 def _biases(
-    root: nn.Module, mode: str, adapted: set[str], only: set[str]
+    root: nn.Module, mode: str, only: set[str], made: inject.Plan | None = None
 ) -> Iterator[tuple[str, Slot]]:
-    """The base biases that ``bias="all"`` or "lora_only" trains and saves."""
+    """The base biases that ``bias="all"`` or "lora_only" trains and saves; made: a plan that is
+    not in the model yet."""
     if mode == "none":
         return
     for path, module in targets.walk(root):
         if isinstance(module, ModulesToSaveWrapper):
             continue
-        layer = getattr(module, "base_layer", module)
-        bias = getattr(layer, "bias", None)
+        bias = getattr(innermost(module), "bias", None)
         if not isinstance(bias, nn.Parameter) or (mode != "all" and path not in only):
             continue
-        middle = ".base_layer" if path in adapted else ""
-        yield PREFIX + f"{path}{middle}.bias", Slot(f"{path}{middle}.bias", bias)
+        at = path
+        if made is not None:
+            at = made.after(f"{path}.")[:-1]
+            if depth(module) == 0 and path in made.adapters and path not in made.parameters:
+                at += ".base_layer"
+        at += ".base_layer" * depth(module)
+        yield PREFIX + f"{at}.bias", Slot(f"{at}.bias", bias)

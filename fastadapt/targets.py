@@ -59,14 +59,21 @@ DEFAULT_TARGETS: dict[str, list[str] | str] = {
 
 def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of the model's own modules: an adapted layer counts as one, and what stands
-    inside it (base layer, adapter parameters, trained copies) is not visited."""
+    inside it (base layer, adapter parameters, trained copies) is not visited. A wrapper of one
+    parameter leaves the modules inside the model's own, and those are visited."""
     for name, child in model.named_children():
         path = f"{prefix}.{name}" if prefix else name
-        if name in _WRAPPERS:
-            path = prefix
-        yield path, child
-        if not is_adapted(child):
-            yield from walk(child, path)
+        yield from _within(prefix if name in _WRAPPERS else path, child)
+
+
+def _within(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    yield path, module
+    if not is_adapted(module):
+        yield from walk(module, path)
+    elif "parameter_name" in vars(module):
+        inner = module.get_submodule("base_layer")
+        at = f"{path}.base_layer"
+        yield from _within(at, inner) if is_adapted(inner) else walk(inner, at)
 
 
 def is_adapted(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from fastadapt import inject
 from fastadapt.adapter import Adapter
 from fastadapt.combine import Recipe
-from fastadapt.errors import ConfigError, LifecycleError
+from fastadapt.errors import ConfigError, LifecycleError, UnsupportedError
 from fastadapt.layer import AdaptedLayer
 from fastadapt.methods import method_of
 from fastadapt.modules_to_save import ModulesToSaveWrapper
@@ -34,6 +34,12 @@ def plan(
     types = {str(getattr(c.peft_type, "value", c.peft_type)) for c in chosen}
     if len(types) > 1:
         raise ConfigError(f"add_weighted_adapter: expected adapters of one method, got {types}")
+    ours = [n for n in adapters if getattr(configs[n], "target_parameters", None)]
+    if ours:
+        raise UnsupportedError(
+            "add_weighted_adapter does not support targeting nn.Parameter (problematic adapter "
+            f"'{ours[0]}')"
+        )
     twice = [
         path for path, layer in inject.adapted(model) if isinstance(layer, ModulesToSaveWrapper)
         and sum(name in layer.modules_to_save for name in adapters) > 1

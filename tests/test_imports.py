@@ -35,7 +35,7 @@ METHOD = Room("base adapter combine config inits ops targets", types="layer")
 MODEL = ["layer", "inject", "model", "modules_to_save", "adapter_file", "checkpoint", "saving"]
 MODEL += ["slots", "fingerprint", "targets", "weighted", "explain", "kbit", "reference"]
 MODEL += ["penalties", "eva", "plain_lora", "dialects", "dialect_paths", "tensor_files"]
-MODEL += ["dialect_writers", "constants", "freezing", "merge", "rows", "values"]
+MODEL += ["dialect_writers", "constants", "freezing", "merge", "rows", "values", "parameter"]
 CORE = Room(
     " ".join(["base adapter combine config files inits kinds methods ops", *MODEL]),
     lazy="safetensors huggingface_hub transformers peft rich tqdm",
@@ -59,6 +59,8 @@ ROOMS = {
     "routers": METHOD,
     "optimizers": Room(lazy="bitsandbytes"),
     **dict.fromkeys(MODEL, CORE),
+    # a parameter has no layer that a kind and a format could claim: it is asked for by its name
+    "parameter": CORE._replace(rooms=f"{CORE.rooms} weights"),
     "targets": CORE._replace(eager="torch regex"),
     "peft_model": OUTER,
     "compat": OUTER,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastadapt.adapter import Adapter, DeltaAdapter
 from fastadapt.base import Base, compose
 from fastadapt.combine import Recipe
-from fastadapt.errors import FastAdaptWarning, UnsupportedError
+from fastadapt.errors import ConfigError, FastAdaptWarning, UnsupportedError
 from fastadapt.inits import init_of
 from fastadapt.inits.init import Init
 from fastadapt.methods import lora_combine
@@ -39,6 +39,25 @@ class Lora(DeltaAdapter):
     def variant(cls, config: LoraConfig) -> type[Adapter]:
         config.check_built()
         return config.variant() or cls
+
+    @classmethod
+    def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
+        super().check_beside(config, others)
+        own = set(config.target_parameters or ())
+        for name, other in others.items():
+            theirs = set(other.target_parameters or ())
+            if own and theirs and own != theirs:
+                raise ConfigError(
+                    "When using multiple adapters with `target_parameters`, all adapters must "
+                    f"target the same set of parameters, but got {sorted(own)} for the new adapter "
+                    f"and {sorted(theirs)} for adapter '{name}'."
+                )
+
+    @classmethod
+    def of_parameter(cls, config: LoraConfig) -> type[Adapter]:
+        from fastadapt.methods.lora_stack import LoraStack
+
+        return LoraStack
 
     @classmethod
     def companions(cls, config: LoraConfig, model: Any, adapters: dict[str, Any]) -> Companions:

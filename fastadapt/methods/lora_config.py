@@ -41,7 +41,7 @@ VARIANTS = {
 
 _NOT_BUILT = (
     "megatron_config", "alora_invocation_tokens", "layer_replication",
-    "target_parameters", "arrow_config", "ensure_weight_tying",
+    "arrow_config", "ensure_weight_tying",
 )  # fmt: skip
 
 _OF_INIT = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config"}
@@ -209,7 +209,7 @@ class LoraConfig(AdapterConfig):
     def check_plain(self) -> None:
         """For methods with LoRA's fields and a form of their own: no variant and no other start."""
         self.check_built()
-        for name in VARIANTS:
+        for name in (*VARIANTS, "target_parameters"):
             self._refuse(name)
         if self.init_lora_weights not in (True, False):
             raise UnsupportedError(

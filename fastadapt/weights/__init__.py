@@ -6,8 +6,10 @@ from __future__ import annotations
 from torch import nn
 
 from fastadapt.weights.bnb import Bnb4bit, Bnb8bit
-from fastadapt.weights.dense import DenseWeight
+from fastadapt.weights.dense import DenseParameter, DenseWeight
 from fastadapt.weights.weight import Weight
+
+__all__ = ["FORMATS", "DenseParameter", "Weight", "format_of"]
 
 FORMATS: tuple[type[Weight], ...] = (Bnb4bit, Bnb8bit, DenseWeight)
 

@@ -65,6 +65,11 @@ class Weight(ABC):
         dtype: torch.dtype = self.layer.weight.dtype
         return dtype if dtype.is_floating_point else torch.get_default_dtype()
 
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = self.layer.weight.device
+        return found
+
     def attach(self) -> None:  # noqa: B027
         """Called when the model gets adapters, perhaps again; most formats prepare nothing."""
 

@@ -37,6 +37,12 @@ CASES: dict[str, dict[str, Any]] = {
             "to_peft": "the parts that are not saved are there made again from the base",
         },
     ),
+    "experts": case("experts", target_parameters=["up", "down"], target_modules=[], r=2),
+    "expert-modules": case(
+        "experts", target_parameters=["blocks.0.gate", "1.down"], target_modules=["post"],
+        rank_pattern={"down": 3}, use_rslora=True,
+        skip={"merge": "PEFT leaves the adapters of layers inside of such a module there"},
+    ),
     "velora": case(**ALL, velora_config={"num_groups": 16}),
     "velora-random": case(**ATTENTION, velora_config=RANDOM, skip={"steps": "e is a buffer there"}),
 }  # fmt: skip

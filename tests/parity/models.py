@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models of the method cases: those of ``tiny`` and a net of convolutions."""
+"""The models of the method cases: those of ``tiny``, a net of convolutions, one of experts."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ TASKS = {"llama": "CAUSAL_LM", "tied": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert":
 class ConvNet(nn.Module):
     """x: (rows, 4, 9, 9) through a layer of each kind -> (rows, 6)."""
 
+    inputs = (5, 4, 9, 9)
+
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Conv2d(4, 8, 3, stride=2, padding=1)
@@ -32,18 +34,57 @@ class ConvNet(nn.Module):
         return y
 
 
+class Stacks(nn.Module):
+    """Three experts as stacks of matrices, of which ``gate`` (3, 10) mixes the outputs."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = transposed
+        up, down = ((3, 10, 14), (3, 14, 10)) if transposed else ((3, 14, 10), (3, 10, 14))
+        self.gate = nn.Parameter(torch.randn(3, 10) / 3)
+        self.up, self.down = (nn.Parameter(torch.randn(s) / 3) for s in (up, down))
+        self.post = nn.Linear(10, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = (w if self.is_transposed else w.mT for w in (self.up, self.down))
+        each = F.silu(x @ up) @ down
+        y: Tensor = self.post((each * F.linear(x, self.gate).softmax(1).t()[..., None]).sum(0))
+        return y
+
+
+class ExpertNet(nn.Module):
+    """x: (rows, 10) through experts of both orientations -> (rows, 6)."""
+
+    inputs = (8, 10)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Stacks(False), Stacks(True)])
+        self.head = nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        y: Tensor = self.head(x)
+        return y
+
+
+NETS: dict[str, type[nn.Module]] = {"conv": ConvNet, "experts": ExpertNet}
+"""Kinds that are no model of transformers."""
+
+
 def make(kind: str = "llama", fmt: str = "fp32") -> Any:
-    """A fresh model, the same weights each time: a kind of ``tiny`` or "conv"."""
-    if kind != "conv":
+    """A fresh model, the same weights each time: a kind of ``tiny`` or of ``NETS``."""
+    if kind not in NETS:
         return tiny.model(kind, fmt)
     torch.manual_seed(0)
-    return ConvNet()
+    return NETS[kind]()
 
 
 def run(model: Any, kind: str = "llama", seed: int = 3) -> Tensor:
     """The logits at a fixed batch."""
-    if kind == "conv":
-        y: Tensor = model(_images(seed))
+    if kind in NETS:
+        y: Tensor = model(_inputs(kind, seed))
         return y
     batch = tiny.batch(kind, seed=seed)
     # without labels: PEFT's AdaLoRA cannot take them when its adapter is frozen
@@ -53,11 +94,12 @@ def run(model: Any, kind: str = "llama", seed: int = 3) -> Tensor:
 
 def loss(model: Any, kind: str = "llama", seed: int = 3) -> Tensor:
     """The model's own loss, with what a method adds to it."""
-    if kind == "conv":
-        return model(_images(seed)).square().mean()  # type: ignore[no-any-return]
+    if kind in NETS:
+        return model(_inputs(kind, seed)).square().mean()  # type: ignore[no-any-return]
     value: Tensor = model(**tiny.batch(kind, seed=seed)).loss
     return value
 
 
-def _images(seed: int) -> Tensor:
-    return torch.randn(5, 4, 9, 9, generator=torch.Generator().manual_seed(seed))
+def _inputs(kind: str, seed: int) -> Tensor:
+    shape: Any = NETS[kind].inputs
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
