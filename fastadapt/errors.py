@@ -22,7 +22,7 @@ class ConfigError(FastAdaptError, ValueError):
 
 
 class FieldError(ConfigError, TypeError):
-    """A field that PEFT's configuration of this name does not have."""
+    """A field that PEFT's configuration of this name does not have, or a value of a wrong type."""
 
 
 class NoConfigError(ConfigError, TypeError):

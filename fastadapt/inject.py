@@ -42,6 +42,10 @@ _HEADS = {
 """Heads that a task always trains whole."""
 
 
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_FUSED = ("out_proj", "conv1d")
+
+
 @dataclass
 class Plan:
     """What one configuration will put where.
@@ -80,6 +84,7 @@ def plan(
     wanted = getattr(config, "target_parameters", None) or []
     found = places(model, wanted, chosen) if wanted else []
     _report(config, modules, chosen, found, allow_unmatched)
+    _refuse_fused(targets.model_type(model), config, chosen)
     bases = {p: _base(p, modules[p]) for p in chosen}
     _refuse_norms(method, bases)
     with targets.time_limit():
@@ -266,6 +271,17 @@ def _base(path: str, module: nn.Module) -> FrozenLayer:
         raise type(error)(f"Target module {path} is not supported: {error}") from error
 
 
+def _refuse_fused(model_type: str | None, config: AdapterConfig, chosen: list[str]) -> None:
+    """Layers whose weight a fused kernel of the model reads, so that an adapter has no effect."""
+    held = [p for p in chosen if p.rpartition(".")[2] in _FUSED]
+    if model_type in _MAMBA and held:
+        raise UnsupportedError(
+            f"[PEFT:{config.peft_type}] Module '{held[0]}' is incompatible with Mamba-based models "
+            f"(model_type='{model_type}'). Incompatible modules: {sorted(_FUSED)}. Please remove "
+            "it from `target_modules` to avoid compatibility issues."
+        )
+
+
 def _refuse_norms(method: type[Adapter], bases: dict[str, FrozenLayer]) -> None:
     for path, base in bases.items():
         if base.kind.name == "norm" and not method.takes_norms:
@@ -364,6 +380,11 @@ def _report(
             "in the base model. Please check the target modules, excluded modules and layer "
             f"indices and try again.{hint}"
         )
+    for field, idle in targets.idle_patterns(config, chosen).items():
+        warnings.warn(
+            f"The following {field} keys did not match any targeted module and were ignored: "
+            f"{idle}.", RuntimeWarning, stacklevel=4,
+        )  # fmt: skip
     if absent:
         text = f"target_modules: no module is named {targets.describe(absent)}"
         if not allow_unmatched:

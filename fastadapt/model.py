@@ -18,10 +18,11 @@ from fastadapt import checkpoint, combine, inject, penalties, weighted
 from fastadapt.adapter_file import open_adapter
 from fastadapt.base import release_weights
 from fastadapt.config import AdapterConfig, as_config
-from fastadapt.errors import LifecycleError
+from fastadapt.errors import FastAdaptWarning, LifecycleError
+from fastadapt.hollow import hollow
 from fastadapt.layer import AdaptedLayer
 from fastadapt.merge import LEAST, MergeReport, leave_out
-from fastadapt.methods import METHODS, method_of
+from fastadapt.methods import METHODS, OWN, method_of
 from fastadapt.modules_to_save import ModulesToSaveWrapper
 from fastadapt.rows import Rows
 
@@ -47,7 +48,8 @@ class Adapters:
         *,
         allow_unmatched: bool = True,
     ) -> None:
-        """Add a second adapter; the active one stays active.
+        """Add a second adapter; the active one stays active. low_cpu_mem_usage: its parameters have
+        no memory until a state dict is set.
 
         Takes PEFT's argument order (name, config) and that of transformers (config, name)."""
         if not isinstance(adapter_name, str):
@@ -56,6 +58,8 @@ class Adapters:
         self._check_new(adapter_name, config)
         made = inject.plan(self.adapter_root, config, allow_unmatched=allow_unmatched)
         self._attach(made, adapter_name, autocast_adapter_dtype)
+        if low_cpu_mem_usage:
+            hollow(self.adapter_root, adapter_name)
 
     def _attach(self, made: inject.Plan, name: str, autocast_adapter_dtype: bool = True) -> None:
         root = self.adapter_root
@@ -75,9 +79,18 @@ class Adapters:
         if name in self._configs:
             raise LifecycleError(f"Adapter with name {name} already exists.")
         kind = str(getattr(config.peft_type, "value", config.peft_type))
-        if kind in METHODS:
+        if kind in (*METHODS, *OWN):
+            method = method_of(kind)
             alike = {n: c for n, c in self._configs.items() if c.peft_type == config.peft_type}
-            method_of(kind).check_beside(config, alike)
+            method.check_beside(config, alike)
+            if name in method.prefix:
+                warnings.warn(
+                    f"Adapter name '{name}' should not be contained in the prefix "
+                    f"'{method.prefix}'. This may lead to reinitialization of the adapter weights "
+                    "during loading.",
+                    FastAdaptWarning,
+                    stacklevel=4,
+                )
         trained = [n for n, c in self._configs.items() if getattr(c, "bias", "none") != "none"]
         if trained and getattr(config, "bias", "none") != "none":
             raise LifecycleError(

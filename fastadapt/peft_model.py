@@ -7,10 +7,9 @@ configs are also ``peft`` configs, so that every ``isinstance`` in the ecosystem
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,107 +18,10 @@ from fastadapt import checkpoint, inject
 from fastadapt.adapter_file import open_adapter
 from fastadapt.config import AdapterConfig, TaskType, as_config
 from fastadapt.errors import FastAdaptWarning, LifecycleError
-from fastadapt.merge import LEAST
-from fastadapt.methods import METHODS, method_of
+from fastadapt.hollow import hollow
+from fastadapt.joint import joint
 from fastadapt.model import Adapters
-
-
-class Tuner(Adapters, nn.Module):
-    """``model.base_model``: holds the base model as ``model``, under PEFT's lifecycle names."""
-
-    def __init__(self, model: nn.Module, configs: dict[str, AdapterConfig], prefix: str) -> None:
-        nn.Module.__init__(self)
-        self.model = model
-        self._configs = configs
-        self.prefix = prefix
-
-    @property
-    def adapter_root(self) -> nn.Module:
-        return self.model
-
-    @property
-    def peft_config(self) -> dict[str, AdapterConfig]:
-        return self._configs
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return self._active_names()
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        names = self._active_names()
-        return names[0] if len(names) == 1 else names
-
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        *,
-        keep: str | None = None,
-        keep_share: float = LEAST,
-    ) -> nn.Module:
-        """The base model, the adapters (default: the active ones) in its weights; ``keep`` is
-        ``merge_adapter``'s, and ``merge_report`` of the model says what was kept."""
-        from fastadapt.patch.inplace import untie
-
-        model = self._strip(
-            True, safe_merge, adapter_names, progressbar, keep=keep, keep_share=keep_share
-        )
-        untie(model)
-        return model
-
-    def unload(self) -> nn.Module:
-        """The base model, without the adapters."""
-        return self._strip(False, False, None, False)
-
-    def _get_kasa_loss(self, adapter_names: str | list[str] | None = None) -> Any:
-        """The loss of KaSA's paper, for the caller to add; 0.0 without KaSA."""
-        from fastadapt.methods.kasa import kasa_loss
-
-        return kasa_loss(self._named(adapter_names))
-
-    def _get_monteclora_loss(self, adapter_names: str | list[str] | None = None) -> Any:
-        """MonteCLoRA's variational loss, for the caller to add; 0.0 without it."""
-        from fastadapt.methods.monteclora import monteclora_loss
-
-        return monteclora_loss(self._named(adapter_names))
-
-    def _get_module_names_tied_with_embedding(self) -> list[str]:
-        from fastadapt.compat.tied import _get_module_names_tied_with_embedding
-
-        return _get_module_names_tied_with_embedding(self)
-
-    def _named(self, names: str | list[str] | None) -> list[Any]:
-        names = self._active_names() if names is None else names
-        names = [names] if isinstance(names, str) else names
-        return [a for n in names for a in inject.adapters_of(self.model, n).values()]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            try:
-                return getattr(self.model, name)
-            except AttributeError:
-                shared = self._shared(name)
-                if shared is None:
-                    raise
-                return shared
-
-    def _shared(self, name: str) -> Any:
-        """The holder, by adapter, of a tensor that the layers share and PEFT keeps here."""
-        for _, layer in self._adapted():
-            if name in (*layer.adapter_layer_names, *layer.other_param_names):
-                owners = [a for n, a in layer.adapters.items() if n in getattr(layer, name)]
-                if any((a.file_key(name, "") or "").startswith("/") for a in owners):
-                    return getattr(layer, name)
-        return None
+from fastadapt.tuner import Tuner
 
 
 class PeftModel(Adapters, nn.Module):
@@ -169,6 +71,8 @@ class PeftModel(Adapters, nn.Module):
         self.base_model = Tuner(model, self._configs, method.prefix)
         self.peft_type = config.peft_type
         self._attach(made, adapter_name, autocast_adapter_dtype)
+        if low_cpu_mem_usage:
+            hollow(model, adapter_name)
         # on the base model as well, as PEFT has it: a second wrapper finds the adapters there
         vars(model)["peft_config"] = self._configs
         if again:
@@ -397,25 +301,26 @@ def get_peft_model(
 ) -> PeftModel:
     """Wrap ``model`` with a new adapter; PEFT's signature.
 
-    ``low_cpu_mem_usage`` is accepted: parameters are made on the CPU and moved, one at a time.
-    Raises ConfigError, TargetError, UnsupportedError before the model is changed."""
+    low_cpu_mem_usage: parameters on the meta device, until ``set_peft_model_state_dict``. Raises
+    ConfigError, TargetError, UnsupportedError before the model is changed."""
     config = as_config(peft_config)
-    _warn_changes(model, config, adapter_name, revision)
+    _warn_changes(model, config, revision)
     if revision is not None:
         config.revision = revision
     if mixed:
         from fastadapt.compat.mixed import PeftMixedModel
 
-        return PeftMixedModel(model, config, adapter_name, autocast_adapter_dtype)
+        return PeftMixedModel(
+            model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage
+        )
     return _class_for(config)(
-        model, config, adapter_name, autocast_adapter_dtype, allow_unmatched=allow_unmatched
-    )
+        model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage,
+        allow_unmatched=allow_unmatched,
+    )  # fmt: skip
 
 
-def _warn_changes(
-    model: nn.Module, config: AdapterConfig, adapter_name: str, revision: str | None
-) -> None:
-    """What get_peft_model changes in the config, and a name that loading may stumble over."""
+def _warn_changes(model: nn.Module, config: AdapterConfig, revision: str | None) -> None:
+    """What get_peft_model changes in the config."""
     before, now = config.base_model_name_or_path, vars(model).get("name_or_path") or None
     said = []
     if before is not None and before != now:
@@ -429,13 +334,6 @@ def _warn_changes(
             f"peft config has already set base model revision to {config.revision}, overwriting "
             f"with revision {revision}"
         )
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    prefix = method_of(kind).prefix if kind in METHODS else ""
-    if adapter_name in prefix:
-        said.append(
-            f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. "
-            "This may lead to reinitialization of the adapter weights during loading."
-        )
     for text in said:
         warnings.warn(text, FastAdaptWarning, stacklevel=3)
 
@@ -448,39 +346,5 @@ def tuner(model: nn.Module, peft_config: Any, adapter_name: str = "default") -> 
     return made
 
 
-@cache
-def joint(cls: Any) -> Any:
-    """``cls`` joined with PEFT's class of that name, where ``peft`` can be imported."""
-    peft = _peft()
-    other = getattr(peft, cls.__name__, None)
-    if other is None or issubclass(cls, other):
-        return cls
-    members = {"__module__": cls.__module__, "_own": cls, "__reduce_ex__": _reduce}
-    return type(cls.__name__, (cls, other), members)
-
-
-@cache
-def _peft() -> Any:
-    if importlib.util.find_spec("peft") is None:
-        return None
-    try:
-        import peft
-    except ImportError:
-        return None
-    from fastadapt.patch import ecosystem
-
-    ecosystem.register_layers()
-    return peft
-
-
 def _class_for(config: Any) -> type[PeftModel]:
     return BY_TASK[TaskType(config.task_type)] if config.task_type else PeftModel
-
-
-def _reduce(self: Any, protocol: Any) -> Any:
-    """How a copy or a pickle is made: the joint class cannot be found by name, our own can."""
-    return _rebuild, (type(self)._own,), self.__dict__
-
-
-def _rebuild(cls: Any) -> Any:
-    return object.__new__(joint(cls))

@@ -127,6 +127,18 @@ def unmatched(config: Any, paths: Iterable[str]) -> dict[str, str | None]:
     return {**dict.fromkeys(absent), **near}
 
 
+def idle_patterns(config: Any, chosen: Iterable[str]) -> dict[str, list[str]]:
+    """The field of ranks or alphas by pattern -> its patterns that match no chosen path."""
+    chosen, found = list(chosen), {}
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, name, None) or {}
+        # AdaLoRA's are masks of whole layers
+        wanted = [p for p, value in patterns.items() if isinstance(value, int | float)]
+        idle = [p for p in wanted if not any(pattern_value({p: p}, c, None) for c in chosen)]
+        found[name] = sorted(idle)
+    return {name: idle for name, idle in found.items() if idle}
+
+
 def describe(absent: dict[str, str | None]) -> str:
     """The names, with near misses, for a message."""
     shown = [f"{n!r}" + (f" (did you mean {c!r}?)" if c else "") for n, c in absent.items()]

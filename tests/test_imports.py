@@ -35,7 +35,8 @@ METHOD = Room("base adapter combine config inits ops targets", types="layer")
 MODEL = ["layer", "inject", "model", "modules_to_save", "adapter_file", "checkpoint", "saving"]
 MODEL += ["slots", "fingerprint", "targets", "weighted", "explain", "kbit", "reference"]
 MODEL += ["penalties", "eva", "plain_lora", "dialects", "dialect_paths", "tensor_files"]
-MODEL += ["dialect_writers", "constants", "freezing", "merge", "rows", "values", "parameter"]
+MODEL += ["dialect_writers", "constants", "freezing", "hollow", "merge", "rows", "values"]
+MODEL += ["parameter"]
 CORE = Room(
     " ".join(["base adapter combine config files inits kinds methods ops", *MODEL]),
     lazy="safetensors huggingface_hub transformers peft rich tqdm",
@@ -63,13 +64,15 @@ ROOMS = {
     "parameter": CORE._replace(rooms=f"{CORE.rooms} weights"),
     "targets": CORE._replace(eager="torch regex"),
     "peft_model": OUTER,
+    "tuner": OUTER,
+    "joint": OUTER,
     "compat": OUTER,
     "patch": OUTER,
     "cli": OUTER,
     "testing": OUTER,
     "__init__": OUTER,
 }
-NOBODY_IMPORTS = ("peft_model", "compat", "patch", "cli", "testing")
+NOBODY_IMPORTS = ("peft_model", "tuner", "joint", "compat", "patch", "cli", "testing")
 # These alone may open any room, and each other.
 DOORS = (*NOBODY_IMPORTS, "__init__")
 # Of these, other rooms see the package, never one of its modules.

@@ -98,7 +98,8 @@ def test_a_scale_that_is_written_reaches_a_compiled_model() -> None:
     assert not torch.equal(fast(x), before)
     assert torch.equal(fast(x), model(x))
     with fastadapt.helpers.rescale_adapter_scale(model, 0.0):
-        assert torch.equal(fast(x), tiny.Plain()(x))
+        # through the low-rank op all the same, which may add in another order
+        torch.testing.assert_close(fast(x), tiny.Plain()(x))
     assert torch.equal(fast(x), model(x))
 
 

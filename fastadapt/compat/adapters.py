@@ -22,6 +22,7 @@ from fastadapt.adapter_file import AdapterFile, open_adapter
 from fastadapt.base import hold_weights
 from fastadapt.config import AdapterConfig, as_config, from_dict
 from fastadapt.errors import CheckpointError, ConfigError, LifecycleError, UnsupportedError
+from fastadapt.hollow import hollow, materialise
 from fastadapt.layer import AdaptedLayer
 from fastadapt.methods import method_of
 from fastadapt.model import Adapters
@@ -58,9 +59,7 @@ def inject_adapter_in_model(
     inject.clear(model, made, adapter_name)
     inject.attach(model, made, adapter_name)
     if low_cpu_mem_usage:
-        for layer in _layers(model):
-            for part in layer.parts_of(adapter_name).values():
-                _to_meta(layer, adapter_name, part)
+        hollow(model, adapter_name)
     held: Any = model
     known = held.__dict__.get("peft_config", {})
     held.peft_config = {**known, adapter_name: made.config}
@@ -101,7 +100,8 @@ def set_peft_model_state_dict(
     model = _bare(model)
     root, config = root_of(model), _config(model, adapter_name)
     if low_cpu_mem_usage:
-        _materialise(root, adapter_name)
+        materialise(root, adapter_name)
+        hold_weights(root)
     own = slots.existing(root, config, adapter_name)
     # keys of the whole adapter (VeRA's projections) have no path of a module, injected or not
     whole = {k for k in own if not k.startswith(slots.PREFIX)}
@@ -389,36 +389,6 @@ def _targeting(model: nn.Module, config: Any, state_dict: dict[str, Tensor]) -> 
         layers_pattern=None,
     )  # fmt: skip
     return new
-
-
-def _to_meta(layer: AdaptedLayer, name: str, part: Any) -> None:
-    if isinstance(part, nn.Module):
-        part.to("meta")
-        return
-    if not isinstance(part, nn.Parameter):
-        return
-    for key in layer.adapter_layer_names:
-        holder = getattr(layer, key)
-        if name in holder and holder[name] is part:
-            holder[name] = nn.Parameter(part.detach().to("meta"), part.requires_grad)
-
-
-def _materialise(root: nn.Module, name: str) -> None:
-    """Memory for parameters on the meta device, on the base's device."""
-    for layer in _layers(root):
-        device = layer.weight.device
-        for key in layer.adapter_layer_names:
-            holder = getattr(layer, key)
-            if name not in holder:
-                continue
-            part = holder[name]
-            if isinstance(part, nn.Module):
-                if any(p.is_meta for p in part.parameters()):
-                    part.to_empty(device=device)
-            elif part.is_meta:
-                holder[name] = nn.Parameter(torch.empty_like(part, device=device),
-                                            part.requires_grad)  # fmt: skip
-    hold_weights(root)
 
 
 def _base_entries(root: nn.Module) -> list[tuple[str, str, Tensor]]:

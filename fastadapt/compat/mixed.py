@@ -10,7 +10,8 @@ from typing import Any
 
 from fastadapt.config import PeftType
 from fastadapt.errors import LifecycleError, UnsupportedError
-from fastadapt.peft_model import PeftModel, Tuner
+from fastadapt.peft_model import PeftModel
+from fastadapt.tuner import Tuner
 
 COMPATIBLE_TUNER_TYPES = tuple(
     PeftType(n) for n in ("LORA", "LOHA", "LOKR", "ADALORA", "OFT", "SHIRA")

@@ -36,6 +36,7 @@ HOMES = {
         "update_forward_signature update_generate_signature update_signature"
     ),
     "fastadapt.constants": "BufferDict",
+    _C + "register": "register_peft_method",
     _C + "tied": "_get_module_names_tied_with_embedding _get_no_split_modules",
     _C + "hotswap": (
         "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap "
@@ -130,7 +131,6 @@ LATER = (
     "get_eva_state_dict preprocess_loraga initialize_lora_eva_weights "
     "initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text "
     "prompt_embeddings_from_past_key_values replace_lora_weights_loftq "
-    "register_peft_method "
     "starcoder_model_postprocess_past_key_value check_adapters_to_merge _get_batch_size "
     "_get_input_embeddings_name _is_valid_match _prepare_prompt_learning_config _set_trainable "
     "_get_no_split_modules _get_module_names_tied_with_embedding "

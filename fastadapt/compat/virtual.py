@@ -75,7 +75,7 @@ class _ModelQuestion(_Question):
     """isinstance asks which method's adapters a model holds; a call injects an adapter."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        from fastadapt.peft_model import Tuner
+        from fastadapt.tuner import Tuner
 
         if not isinstance(instance, Tuner):
             return False

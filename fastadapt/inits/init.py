@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from fastadapt.base import Base, compose
 from fastadapt.errors import UnsupportedError
 
+_SHOWN = {"mica": "MiCA", "pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA"}
+
 
 class Init:
     """The values that the pair has already (``init_lora_weights=False``).
@@ -81,8 +83,8 @@ class FromWeight(Init):
         w = base.read()[0].detach().float().flatten(1)
         if a.shape[0] > min(w.shape):
             raise UnsupportedError(
-                f"init_lora_weights={config.init_lora_weights!r} needs r <= min(out, in) = "
-                f"{min(w.shape)}, got r = {a.shape[0]}"
+                f"{_SHOWN.get(str(config.init_lora_weights), config.init_lora_weights)} requires "
+                f"`r` <= min(out, in) = {min(w.shape)}, got r = {a.shape[0]}"
             )
         left, right = self.pair(w, base, config)
         with torch.no_grad():

@@ -55,10 +55,22 @@ RENAMED = {"BONE": "MISS"}
 """Types of earlier PEFT releases, as their files have them -> the type now."""
 
 
+OWN: dict[str, tuple[Any, type[Adapter] | None]] = {}
+"""Types that callers registered -> configuration and adapter, None for a configuration alone."""
+
+
 def method_of(peft_type: Any) -> type[Adapter]:
     """The adapter class that a ``peft_type`` names."""
     name = str(getattr(peft_type, "value", peft_type))
     name = RENAMED.get(name, name)
+    if name in OWN:
+        own = OWN[name][1]
+        if own is None:
+            raise UnsupportedError(
+                f"the method {name} was registered without an Adapter: pass a subclass of "
+                "fastadapt.adapter.Adapter to register_peft_method"
+            )
+        return own
     if name not in METHODS:
         from fastadapt.config import PeftType
 
@@ -93,4 +105,6 @@ def config_of(peft_type: Any) -> Any:
     name = str(getattr(peft_type, "value", peft_type))
     if name in UNBUILT and name not in METHODS:
         return getattr(import_module("fastadapt.methods.unbuilt"), f"{UNBUILT[name]}Config")
+    if name in OWN:
+        return OWN[name][0]
     return method_of(peft_type).Config

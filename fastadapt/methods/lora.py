@@ -52,6 +52,16 @@ class Lora(DeltaAdapter):
                     f"target the same set of parameters, but got {sorted(own)} for the new adapter "
                     f"and {sorted(theirs)} for adapter '{name}'."
                 )
+        starts = [str(c.init_lora_weights).lower() for c in (config, *others.values())]
+        for start, shown in (("pissa", "PiSSA"), ("corda", "CorDA"), ("olora", "OLoRA")):
+            if others and start in starts:
+                warnings.warn(
+                    f"{shown} changes the base weights of the model and should thus not be used "
+                    f"with other adapters. Save the {shown} adapter as a plain LoRA, with "
+                    "path_initial_model_for_weight_conversion, and load that.",
+                    FastAdaptWarning,
+                    stacklevel=5,
+                )
 
     @classmethod
     def of_parameter(cls, config: LoraConfig) -> type[Adapter]:

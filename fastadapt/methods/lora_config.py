@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from fastadapt.config import AdapterConfig, PeftType
-from fastadapt.errors import ConfigError, FastAdaptWarning, UnsupportedError
+from fastadapt.errors import ConfigError, FastAdaptWarning, FieldError, UnsupportedError
 from fastadapt.inits import init_of
 from fastadapt.targets import pattern_value
 
@@ -128,14 +128,16 @@ class LoraConfig(AdapterConfig):
                 raise ConfigError(f"lora_alpha: expected a finite number up to 1e6, got {alpha!r}")
         if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout: expected 0 <= p < 1, got {self.lora_dropout!r}")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ConfigError(f"bias: expected none, all or lora_only, got {self.bias!r}")
         self._check_init()
+        if self.use_dora and self.megatron_config:
+            raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
         asked = [name for name in VARIANTS if getattr(self, name)]
         if len(asked) > 1:
             raise ConfigError(f"{' and '.join(asked)}: variants of LoRA do not combine, choose one")
         if asked and self.lora_bias:
-            raise ConfigError(f"lora_bias=True is not supported with {asked[0]}, set one of them")
+            raise ConfigError(
+                f"The argument lora_bias=True is not supported with {asked[0]}, set one of them."
+            )
 
     def _check_init(self) -> None:
         init_of(self.init_lora_weights)
@@ -166,9 +168,9 @@ class LoraConfig(AdapterConfig):
             and name.startswith(_CHANGES_BASE)
         ):
             warnings.warn(
-                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern: the adapter cannot be "
-                "saved with `path_initial_model_for_weight_conversion`: one alpha cannot give each "
-                "layer its scale at twice its rank",
+                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training "
+                "conversion (`path_initial_model_for_weight_conversion`) is refused when the "
+                "adapter is saved: one alpha cannot give each layer its scale at twice its rank",
                 FastAdaptWarning,
                 stacklevel=5,
             )
@@ -203,6 +205,10 @@ class LoraConfig(AdapterConfig):
 
     def check_built(self) -> None:
         """Raise UnsupportedError for the first field whose behaviour is not built yet."""
+        if self.bias not in ("none", "all", "lora_only"):
+            raise UnsupportedError(
+                f"Requested bias: {self.bias}, is not implemented. Use none, all or lora_only."
+            )
         for name in _NOT_BUILT:
             self._refuse(name)
 
@@ -246,7 +252,7 @@ def subconfig(name: str, value: Any) -> Any:
     if dataclasses.is_dataclass(value) and type(value).__name__ == cls:
         value = dataclasses.asdict(value)  # type: ignore[arg-type]
     if not isinstance(value, dict):
-        raise ConfigError(f"{name}: expected a {cls}, a dict or None, got {type(value).__name__}")
+        raise FieldError(f"{name}: `{cls}` must be a `{cls}`, a dict, or None.")
     known = {f.name for f in dataclasses.fields(own) if f.init}
     unknown = sorted(set(value) - known)
     if unknown:
