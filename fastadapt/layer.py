@@ -188,11 +188,9 @@ class AdaptedLayer(nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget one adapter; merged weights are unmerged first."""
-        if adapter_name not in self.adapters:
-            return
         if adapter_name in self.merged_adapters:
             self.unmerge()
-        del self.adapters[adapter_name]
+        self.adapters.pop(adapter_name, None)
         self._trained.pop(adapter_name, None)
         self._open.discard(adapter_name)
         for key in self._part_names + self._value_names:
@@ -200,6 +198,11 @@ class AdaptedLayer(nn.Module):
         self._activate([n for n in self._active if n != adapter_name])
 
     # scale (PEFT's names)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_value_names", ()) and isinstance(value, dict):
+            value = Values(name, self.adapters, value)
+        super().__setattr__(name, value)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """s = scale * alpha / r."""

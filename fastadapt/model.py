@@ -82,7 +82,7 @@ class Adapters:
         if kind in (*METHODS, *OWN):
             method = method_of(kind)
             alike = {n: c for n, c in self._configs.items() if c.peft_type == config.peft_type}
-            method.check_beside(config, alike)
+            self._check_beside(method, config, alike)
             if name in method.prefix:
                 warnings.warn(
                     f"Adapter name '{name}' should not be contained in the prefix "
@@ -97,6 +97,9 @@ class Adapters:
                 f"{type(config).__name__} supports only 1 adapter with bias. When using multiple "
                 f"adapters, set bias to 'none' for all adapters; {trained[0]!r} trains biases"
             )
+
+    def _check_beside(self, method: Any, config: AdapterConfig, others: dict[str, Any]) -> None:
+        method.check_beside(config, others)
 
     def load_adapter(
         self,
@@ -211,11 +214,7 @@ class Adapters:
         LifecycleError while it is merged."""
         if adapter_name not in self._configs:
             raise LifecycleError(f"Adapter {adapter_name} does not exist")
-        if any(adapter_name in layer.merged_adapters for _, layer in self._adapted()):
-            raise LifecycleError(
-                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge "
-                "them first."
-            )
+        self._check_unmerged([adapter_name])
         was = self._active_names()
         del self._configs[adapter_name]
         for _, layer in self._adapted():
@@ -230,6 +229,14 @@ class Adapters:
             )
         if left != was and left:
             self.set_adapter(left)
+
+    def _check_unmerged(self, names: list[str]) -> None:
+        layers = [layer for _, layer in self._adapted()]
+        held = [n for n in names if any(n in layer.merged_adapters for layer in layers)]
+        if held:
+            raise LifecycleError(
+                f"Cannot delete adapter(s) {held} while they are merged. Please unmerge them first."
+            )
 
     def add_weighted_adapter(
         self,

@@ -102,10 +102,12 @@ class Tuner(Adapters, nn.Module):
                 return shared
 
     def _shared(self, name: str) -> Any:
-        """The holder, by adapter, of a tensor that the layers share and PEFT keeps here."""
+        """By adapter: a part that the layers share and PEFT keeps here."""
+        found: dict[str, Any] = {}
         for _, layer in self._adapted():
             if name in (*layer.adapter_layer_names, *layer.other_param_names):
-                owners = [a for n, a in layer.adapters.items() if n in getattr(layer, name)]
-                if any((a.file_key(name, "") or "").startswith("/") for a in owners):
-                    return getattr(layer, name)
-        return None
+                for key, part in getattr(layer, name).items():
+                    where = layer.adapters[key].file_key(name, "") or ""
+                    if where.startswith("/"):
+                        found.setdefault(key, part)
+        return found or None

@@ -11,9 +11,12 @@ class Values(dict[str, Any]):
     """A dict that scripts may write to. What is written reaches the adapter as well, whose compiled
     forward looks nothing up by name."""
 
-    def __init__(self, key: str, adapters: Mapping[str, Any]) -> None:
+    def __init__(
+        self, key: str, adapters: Mapping[str, Any], values: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self._key, self._adapters = key, adapters
+        self.update(values or {})
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, value)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fastadapt
 from fastadapt.config import MAX_CONFIG_BYTES, PeftConfig, PeftType, as_config, from_dict
@@ -63,7 +64,7 @@ def test_rank_is_checked(r: Any) -> None:
         ("lora_alpha", float("nan")), ("lora_alpha", 1e30), ("lora_alpha", "16"),
         ("alpha_pattern", {"q_proj": "x"}), ("alpha_pattern", [1]), ("rank_pattern", "q_proj"),
         ("lora_dropout", 1.0), ("lora_dropout", -0.1), ("lora_dropout", "0"),
-        ("lora_dropout", float("nan")), ("bias", "some"), ("bias", True), ("task_type", 5),
+        ("lora_dropout", float("nan")), ("bias", True), ("task_type", 5),
         ("target_modules", 5), ("target_modules", [1]), ("exclude_modules", {"a": 1}),
         ("modules_to_save", "lm_head"), ("modules_to_save", [1]), ("layers_to_transform", "1"),
         ("layers_to_transform", ["1"]), ("layers_pattern", 3),
@@ -159,8 +160,16 @@ def test_methods_that_are_not_built_say_so() -> None:
     absent = sorted(set(PeftType.__members__) - set(METHODS))
     if not absent:
         pytest.skip("every method of PEFT is built")
+    made = as_config({"peft_type": absent[0]})
     with pytest.raises(UnsupportedError, match=absent[0]):
-        as_config({"peft_type": absent[0]})
+        fastadapt.get_peft_model(torch.nn.Linear(2, 2), made)
+
+
+def test_an_unknown_bias_is_refused_by_the_model() -> None:
+    """A configuration takes it, as PEFT's does."""
+    config = fastadapt.LoraConfig(bias="some", target_modules=["layer"])
+    with pytest.raises(NotImplementedError, match="Requested bias: some, is not implemented"):
+        fastadapt.get_peft_model(torch.nn.ModuleDict({"layer": torch.nn.Linear(2, 2)}), config)
 
 
 @pytest.mark.parametrize(

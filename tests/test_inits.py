@@ -168,7 +168,7 @@ def test_bad_names_and_fields_say_what_was_meant() -> None:
             OneLayer(nn.Linear(8, 8)),
             fastadapt.LoraConfig(r=3, target_modules=["layer"], init_lora_weights="orthogonal"),
         )
-    with pytest.raises(ConfigError, match="kasa_config: expected a KasaConfig"):
+    with pytest.raises(ConfigError, match="kasa_config: `KasaConfig` must be"):
         fastadapt.LoraConfig(kasa_config=3)
 
 

@@ -21,7 +21,13 @@ from fastadapt import checkpoint, inject, penalties, saving, slots, targets
 from fastadapt.adapter_file import AdapterFile, open_adapter
 from fastadapt.base import hold_weights
 from fastadapt.config import AdapterConfig, as_config, from_dict
-from fastadapt.errors import CheckpointError, ConfigError, LifecycleError, UnsupportedError
+from fastadapt.errors import (
+    CheckpointError,
+    ConfigError,
+    LifecycleError,
+    TargetError,
+    UnsupportedError,
+)
 from fastadapt.hollow import hollow, materialise
 from fastadapt.layer import AdaptedLayer
 from fastadapt.methods import method_of
@@ -371,7 +377,10 @@ def _targeting(model: nn.Module, config: Any, state_dict: dict[str, Tensor]) -> 
             f"state_dict: no key has the form <path of a module>.{prefix}...; got "
             f"{list(state_dict)[:3]}"
         )
-    wanted = inject.plan(model, config, meta=True).adapters if config.target_modules else {}
+    try:
+        wanted = inject.plan(model, config, meta=True).adapters
+    except TargetError:
+        wanted = {}
     if wanted and set(wanted) != set(found):
         text = (
             "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT "

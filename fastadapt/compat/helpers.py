@@ -32,17 +32,17 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     Raises TypeError for what is no number, LifecycleError (a ValueError) without LoRA layers."""
     if not isinstance(multiplier, int | float):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
-    held = [vars(m) for m in model.modules() if isinstance(m, AdaptedLayer)]
-    before = [(layer["scaling"], dict(layer["scaling"])) for layer in held if "scaling" in layer]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
+    before = [(layer, layer.scaling) for layer in layers if hasattr(layer, "scaling")]
     if not before:
         raise LifecycleError("scaling is only supported for models with `LoraLayer`s")
-    for scaling, old in before:
-        scaling.update({name: value * multiplier for name, value in old.items()})
+    for layer, scaling in before:
+        layer.scaling = {name: value * multiplier for name, value in scaling.items()}
     try:
         yield
     finally:
-        for scaling, old in before:
-            scaling.update(old)
+        for layer, scaling in before:
+            layer.scaling = scaling
 
 
 @contextmanager

@@ -32,6 +32,9 @@ class PeftMixedModel(PeftModel):
             raise LifecycleError(f"Adapter with name '{name}' already exists.")
         super()._check_new(name, config)
 
+    def _check_beside(self, method: Any, config: Any, others: dict[str, Any]) -> None:
+        """PEFT's rules for adapters of one method are not those of its mixed model."""
+
     def set_adapter(self, adapter_name: Any, inference_mode: bool = False) -> None:
         self._check_there(adapter_name)
         super().set_adapter(adapter_name, inference_mode)
@@ -39,7 +42,9 @@ class PeftMixedModel(PeftModel):
     def delete_adapter(self, adapter_name: Any) -> None:
         """Remove one or several adapters."""
         self._check_there(adapter_name)
-        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._check_unmerged(names)
+        for name in names:
             super().delete_adapter(name)
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:

@@ -37,6 +37,7 @@ HOMES = {
     ),
     "fastadapt.constants": "BufferDict",
     _C + "register": "register_peft_method",
+    _C + "kappa": "KappaTuneSelector find_kappa_target_modules",
     _C + "tied": "_get_module_names_tied_with_embedding _get_no_split_modules",
     _C + "hotswap": (
         "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap "
@@ -126,7 +127,7 @@ TUNERS = {
 LATER = (
     "ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig CordaConfig "
     "MontecloraConfig VeloraConfig PromptLearningConfig MontecloraTrainerMixin "
-    "KappaTuneSelector find_kappa_target_modules bloom_model_postprocess_past_key_value "
+    "bloom_model_postprocess_past_key_value "
     "compose_cartridge_adapters convert_to_lora save_as_lora create_arrow_model "
     "get_eva_state_dict preprocess_loraga initialize_lora_eva_weights "
     "initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text "

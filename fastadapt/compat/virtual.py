@@ -68,7 +68,7 @@ class TrainableTokensWrapper(metaclass=_Question):
 
     @staticmethod
     def holds(instance: Any) -> bool:
-        return any(c.__name__ == "TrainableTokensWrapper" for c in type(instance).__mro__)
+        return isinstance(instance, AdaptedLayer) and "token_adapter" in vars(instance)
 
 
 class _ModelQuestion(_Question):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError, TargetError
 from fastadapt.ops.scale import scale
 from fastadapt.targets import full_match
+
+if TYPE_CHECKING:
+    from fastadapt.layer import AdaptedLayer
 
 _TARGETS: dict[str, tuple[list[str], list[str]]] = {
     "t5": (["k", "v", "wo"], ["wo"]),
@@ -118,12 +121,17 @@ class IA3(Adapter):
             nn.init.ones_(vector)
         self.identity_at_init = config.init_ia3_weights  # type: ignore[misc]
         self.parts = {"ia3_l": vector}
-        self.values = {"is_feedforward": config.feedforward}
+        self.feedforward: bool = config.feedforward
+
+    def attach(self, layer: AdaptedLayer, key: str) -> None:
+        super().attach(layer, key)
+        # PEFT's name, one for all adapters of a layer
+        layer.is_feedforward = self.feedforward
 
     def merged(self, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         vector: Tensor = self["ia3_l"].flatten()
         w = w.to(torch.promote_types(w.dtype, vector.dtype))
-        if not self["is_feedforward"]:
+        if not self.feedforward:
             scaled = w * vector.view(-1, *[1] * (w.dim() - 1))
             return scaled, None if bias is None else bias * vector
         # with groups, each group of outputs has the scales of its own inputs
@@ -133,7 +141,7 @@ class IA3(Adapter):
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         vector: Tensor = self["ia3_l"].flatten()
-        if not self["is_feedforward"]:
+        if not self.feedforward:
             y = base(x)
             return scale(y, vector, axis=y.dim() + 1 - len(base.shape))
         if base.indexed:

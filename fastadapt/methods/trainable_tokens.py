@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError, TargetError, UnsupportedError
 from fastadapt.targets import walk
+
+if TYPE_CHECKING:
+    from fastadapt.layer import AdaptedLayer
 
 DELTA = "trainable_tokens_delta"
 
@@ -120,6 +123,11 @@ class TokenAdapter(TrainableTokens):
     """The one of LoRA's ``trainable_token_indices``."""
 
     key = f"token_adapter.{DELTA}"
+
+    def attach(self, layer: AdaptedLayer, key: str) -> None:
+        super().attach(layer, key)
+        # PEFT has a module of this name inside, here the layer is it
+        vars(layer)["token_adapter"] = layer
 
 
 class TiedTokens(TrainableTokens):
