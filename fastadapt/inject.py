@@ -380,9 +380,9 @@ def _report(
             "in the base model. Please check the target modules, excluded modules and layer "
             f"indices and try again.{hint}"
         )
-    for field, idle in targets.idle_patterns(config, chosen).items():
+    for kind, idle in targets.idle_patterns(config, chosen).items():
         warnings.warn(
-            f"The following {field} keys did not match any targeted module and were ignored: "
+            f"The following {kind} keys did not match any targeted module and were ignored: "
             f"{idle}.", RuntimeWarning, stacklevel=4,
         )  # fmt: skip
     if absent:
