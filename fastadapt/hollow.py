@@ -54,4 +54,4 @@ def _holders(model: nn.Module, name: str) -> Iterator[tuple[Any, torch.device]]:
         if isinstance(layer, AdaptedLayer):
             for key in layer.adapter_layer_names:
                 if name in getattr(layer, key):
-                    yield getattr(layer, key), layer.weight.device
+                    yield getattr(layer, key), layer.frozen.weight.device

@@ -380,7 +380,8 @@ def _report(
             "in the base model. Please check the target modules, excluded modules and layer "
             f"indices and try again.{hint}"
         )
-    for kind, idle in targets.idle_patterns(config, chosen).items():
+    adapted_paths = [*chosen, *(place.name for place in parameters)]
+    for kind, idle in targets.idle_patterns(config, adapted_paths).items():
         warnings.warn(
             f"The following {kind} keys did not match any targeted module and were ignored: "
             f"{idle}.", RuntimeWarning, stacklevel=4,
