@@ -61,11 +61,11 @@ def test_every_public_name_of_peft_is_there() -> None:
 
 
 def test_a_name_without_behaviour_says_so() -> None:
-    from fastadapt.helpers import KappaTuneSelector
+    from fastadapt.helpers import MontecloraTrainerMixin
 
     from fastadapt import XLoraConfig
 
-    for use in (KappaTuneSelector, fastadapt.create_arrow_model):
+    for use in (MontecloraTrainerMixin, fastadapt.create_arrow_model):
         with pytest.raises(UnsupportedError, match="not built yet"):
             use()
     with pytest.raises(UnsupportedError, match="not built yet"):
