@@ -47,6 +47,8 @@ class Adapter:
     files no longer hold."""
     adds_embedding_to_file: ClassVar[bool] = True
     """On an embedding, files hold the embedding's own weight too."""
+    converts: ClassVar[bool] = False
+    """A LoRA of enough rank on the same linear layer can stand for the adapter."""
     must_agree: ClassVar[dict[str, str]] = {}
     """Fields that all adapters of the method on a model share -> how PEFT says so."""
     changes_base: bool = False
@@ -197,6 +199,8 @@ class Adapter:
 
 class DeltaAdapter(Adapter):
     """W' = W + delta(): most methods."""
+
+    converts = True
 
     def delta(self) -> Tensor:
         raise NotImplementedError

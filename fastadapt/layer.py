@@ -118,6 +118,12 @@ class AdaptedLayer(nn.Module):
         merged, _ = self.adapters[adapter].merged(w, bias)
         return self.frozen.kind.orient(merged - w.to(merged.dtype))
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether a LoRA can stand for the adapter here; ``convert_to_lora`` makes it."""
+        adapter = self.adapters.get(adapter_name)
+        product = self.frozen.kind.product and len(self.frozen.shape) == 2
+        return adapter is not None and adapter.converts and product
+
     # adapters
 
     def add(self, name: str, adapter: Adapter) -> None:

@@ -387,6 +387,12 @@ class Adapters:
             names.update(dict.fromkeys(layer.active_adapters))
         return list(names)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether ``convert_to_lora`` takes the adapter, on all of its layers."""
+        layers = [m for _, m in self._adapted() if isinstance(m, AdaptedLayer)]
+        held = [m for m in layers if adapter_name in m.adapters]
+        return bool(held) and all(m.supports_lora_conversion(adapter_name) for m in held)
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all); a 4-bit weight counts the weights it stands for."""
         trainable = total = 0

@@ -92,16 +92,17 @@ def save(
         _refuse(tensors, name)
     for name, tensors in held.items():
         where = Path(folder) if name == "default" else Path(folder) / name
-        _write(root, configs[name], tensors, where, safe_serialization)
+        write_folder(root, configs[name], tensors, where, safe_serialization)
 
 
-def _write(
+def write_folder(
     root: nn.Module,
     config: AdapterConfig,
     tensors: dict[str, Tensor],
     folder: Path,
-    safe_serialization: bool,
+    safe_serialization: bool = True,
 ) -> None:
+    """One adapter's tensors, under the keys of files, and its configuration."""
     if folder.is_file():
         raise OutputError(f"expected a directory to save to, got the file {folder}")
     ready = {k: t.to("cpu").contiguous().clone() for k, t in tensors.items()}

@@ -111,7 +111,7 @@ def set_peft_model_state_dict(
     own = slots.existing(root, config, adapter_name)
     # keys of the whole adapter (VeRA's projections) have no path of a module, injected or not
     whole = {k for k in own if not k.startswith(slots.PREFIX)}
-    prefix = "" if _wrapped(model) else slots.PREFIX
+    prefix = "" if wrapped(model) else slots.PREFIX
     given = {k if k in whole else prefix + k: v for k, v in peft_model_state_dict.items()}
     shapes = {k: tuple(v.shape) for k, v in given.items()}
     file = AdapterFile(config, Path("state_dict"), shapes, {}, given)
@@ -344,12 +344,13 @@ def _bare(model: Any) -> Any:
     return model.module if _is_sharded(model) else model
 
 
-def _wrapped(model: Any) -> bool:
+def wrapped(model: Any) -> bool:
+    """Keys of the model start as those of files do."""
     return isinstance(model, Adapters) and model.adapter_root is not model
 
 
 def _shown(model: Any, key: str) -> str:
-    return key if _wrapped(model) else key.removeprefix(slots.PREFIX)
+    return key if wrapped(model) else key.removeprefix(slots.PREFIX)
 
 
 def _config(model: Any, name: str) -> AdapterConfig:

@@ -36,6 +36,7 @@ HOMES = {
         "update_forward_signature update_generate_signature update_signature"
     ),
     "fastadapt.constants": "BufferDict",
+    _C + "conversion": "convert_to_lora save_as_lora",
     _C + "register": "register_peft_method",
     _C + "kappa": "KappaTuneSelector find_kappa_target_modules",
     _C + "tied": "_get_module_names_tied_with_embedding _get_no_split_modules",
@@ -128,7 +129,7 @@ LATER = (
     "ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig CordaConfig "
     "MontecloraConfig VeloraConfig PromptLearningConfig MontecloraTrainerMixin "
     "bloom_model_postprocess_past_key_value "
-    "compose_cartridge_adapters convert_to_lora save_as_lora create_arrow_model "
+    "compose_cartridge_adapters create_arrow_model "
     "get_eva_state_dict preprocess_loraga initialize_lora_eva_weights "
     "initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text "
     "prompt_embeddings_from_past_key_values replace_lora_weights_loftq "

@@ -70,6 +70,8 @@ class DenseAdapter(Adapter):
 class DenseDelta(DenseAdapter):
     """U depends on no W."""
 
+    converts = True
+
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         """U for a weight of this shape."""
         raise NotImplementedError

@@ -53,6 +53,7 @@ class MissConfig(AdapterConfig):
 
 
 class Miss(DenseAdapter):
+    converts = True
     name, prefix, Config, dropout = "miss", "miss_", MissConfig, "miss_dropout"
     old_parts: ClassVar[dict[str, str | None]] = {"bone_block": "miss_block"}
 

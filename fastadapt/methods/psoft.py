@@ -105,6 +105,7 @@ class Rotation(nn.Module):
 
 
 class Psoft(PairAdapter):
+    converts = True
     name, prefix, Config = "psoft", "psoft_", PsoftConfig
     constant = ("_psoft_A_cache", "_psoft_B_cache")
     dropout = "psoft_dropout"

@@ -64,6 +64,7 @@ class TinyLoraConfig(AdapterConfig):
 
 
 class TinyLora(PairAdapter):
+    converts = True
     name, prefix, Config = "tinylora", "tinylora_", TinyLoraConfig
     must_agree: ClassVar = {
         "save_projection": "TinyLoRA projection tensors must be saved for all adapters or none",

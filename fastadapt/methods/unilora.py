@@ -59,6 +59,7 @@ class UniLoraConfig(AdapterConfig):
 
 
 class UniLora(PairAdapter):
+    converts = True
     name, prefix, Config = "unilora", "unilora_", UniLoraConfig
     identity_at_init = False
     constant = ("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B")

@@ -70,6 +70,7 @@ class VBLoRAConfig(AdapterConfig):
 
 
 class VBLoRA(PairAdapter):
+    converts = True
     name, prefix, Config = "vblora", "vblora_", VBLoRAConfig
     identity_at_init = False
     dropout = "vblora_dropout"

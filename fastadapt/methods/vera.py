@@ -66,6 +66,7 @@ class VeraConfig(AdapterConfig):
 
 
 class Vera(PairAdapter):
+    converts = True
     name, prefix = "vera", "vera_lambda_"
     Config: ClassVar[type[AdapterConfig]] = VeraConfig
     must_agree: ClassVar = {
