@@ -21,7 +21,7 @@ from fastadapt.adapter import Adapter
 from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError
-from fastadapt.ops.precision import product_dtype
+from fastadapt.ops.precision import compute_dtype, product_dtype
 
 
 @dataclass
@@ -109,6 +109,14 @@ class Deft(Adapter):
                 return y
             injected = torch.tensordot(q, self["deft_R"] * self["deft_scaling"], 1)
             return y + base.apply(base.drop(x, p) - x, injected.to(x.dtype))
+        if base.whole and p == 0:
+            # C^T W is as small as R: one pair, and nothing but x and A x is kept for backward
+            with torch.autocast(x.device.type, enabled=False):
+                low = product_dtype(compute_dtype(x), x.device)
+                a = -(c.to(low).t() @ base.read()[0].to(low))
+                if not self["deft_para"]:
+                    a = a + (self["deft_R"] * self["deft_scaling"]).to(low)
+            return base.low_rank(x, a, q, 1.0)
         y = base(x)
         low = product_dtype(y.dtype, y.device)
         with torch.autocast(y.device.type, enabled=False):

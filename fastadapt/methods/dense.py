@@ -54,7 +54,7 @@ class DenseAdapter(Adapter):
         def extra(t: Tensor) -> Tensor:
             return base.apply(t, self.update_of(base).to(work))
 
-        return _again(extra, x.to(work) if x.is_floating_point() else x).to(dtype)
+        return again(extra, x.to(work) if x.is_floating_point() else x).to(dtype)
 
     def _wide(self, w: Tensor) -> Tensor:
         return w.to(torch.promote_types(w.dtype, self._trained()[0].dtype))
@@ -83,7 +83,7 @@ class DenseDelta(DenseAdapter):
         return self.delta(base.shape)
 
 
-def _again(function: Any, x: Tensor) -> Tensor:
+def again(function: Any, x: Tensor) -> Tensor:
     """function(x), whose insides are computed again in backward."""
     if not torch.is_grad_enabled():
         return function(x)  # type: ignore[no-any-return]

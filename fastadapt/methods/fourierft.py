@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
@@ -94,18 +95,42 @@ class FourierFT(DenseDelta):
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         spectrum: Tensor = self["fourierft_spectrum"]
-        (rows, columns), (out, inner) = self["fourierft_indices"], size(shape)
+        args = (spectrum * self["fourierft_scaling"], self["fourierft_indices"], *size(shape))
+        made: Tensor = InverseFunction.apply(*args)  # type: ignore[no-untyped-call]
+        return made.to(spectrum.dtype).view(shape)
+
+
+class InverseFunction(torch.autograd.Function):
+    """spectrum: (n,)  places: (2, n) -> Re ifft2 of the sparse S: (out, inner), at least fp32.
+
+    The spectrum of the real part is the mean of S and its mirror image, and its left half says all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, spectrum: Tensor, places: Tensor, out: int, inner: int) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.dtype = spectrum.dtype
         wide = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32)) / 2
-        # the spectrum of the real part is the mean of S and its mirror image; its left half says
-        # all, and a column that is its own mirror image takes both
-        width, twice = inner // 2 + 1, 2 * columns
-        flipped = -rows % out
-        left = torch.where(twice > inner, inner - columns, columns)
-        first = torch.where(twice > inner, flipped, rows) * width + left
-        second = torch.where(twice % inner == 0, wide, 0.0)
-        half = wide.new_zeros(out * width).index_add(0, first, wide)
-        half = half.index_add(0, flipped * width + left, second).view(out, width)
-        made = torch.fft.irfft2(half.to(half.dtype.to_complex()), s=(out, inner))
-        scale: float = self["fourierft_scaling"]
-        delta: Tensor = made * scale
-        return delta.to(spectrum.dtype).view(shape)
+        flipped, (first, left) = -places[0] % out, _folded(places, out, inner)
+        half = wide.new_zeros(out * (inner // 2 + 1)).index_add_(0, first, wide)
+        # a column that is its own mirror image has both
+        alone = torch.where(2 * places[1] % inner == 0, wide, 0.0)
+        half.index_add_(0, flipped * (inner // 2 + 1) + left, alone)
+        whole = torch.complex(half, torch.zeros_like(half)).view(out, -1)
+        made: Tensor = torch.fft.irfft2(whole, s=(out, inner))
+        return made
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        (places,) = ctx.saved_tensors
+        found = torch.fft.rfft2(g).view(-1)[_folded(places, *g.shape)[0]].real
+        return (found / g.numel()).to(ctx.dtype), None, None, None
+
+
+def _folded(places: Tensor, out: int, inner: int) -> tuple[Tensor, Tensor]:
+    """Where each number, or its mirror image, is in the left half: flat, and its column."""
+    (rows, columns), width = places, inner // 2 + 1
+    beyond = columns >= width
+    left = torch.where(beyond, inner - columns, columns)
+    return torch.where(beyond, -rows % out, rows) * width + left, left

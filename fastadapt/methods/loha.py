@@ -66,15 +66,14 @@ class LoHa(Lycoris):
         self._core = core
         self._paired = not core and base.groups == 1 and r * r * (out + b[1]) < out * b[1]
 
-    def factor(self, i: int) -> Tensor:
-        """A_i B_i."""
-        a, b = self[f"hada_w{i}_a"], self[f"hada_w{i}_b"]
+    def factor(self, i: int, scale: float = 1.0) -> Tensor:
+        """scale A_i B_i."""
+        a, b = self[f"hada_w{i}_a"] * scale, self[f"hada_w{i}_b"]
         w: Tensor = core_product(self[f"hada_t{i}"], a, b) if self._core else a @ b
         return w
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
-        scale: float = self["scaling"]
-        return (self.factor(1) * self.factor(2) * scale).view(shape)
+        return (self.factor(1, self["scaling"]) * self.factor(2)).view(shape)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         kept = self.keep(base)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastadapt.base import Base
 from fastadapt.config import PeftType
 from fastadapt.methods import fields
+from fastadapt.methods.dense import again
 from fastadapt.methods.lycoris import (
     Lycoris,
     LycorisConfig,
@@ -131,19 +132,23 @@ class LoKr(Lycoris):
         kept = self.keep(base)
         if base.indexed or base.groups > 1 or self._scrambled:
             return self.dense(x, base, kept)
-        y, work = base(x), compute_dtype(x)
-        one, two = self.factors(base.shape)
-        one, two = (one * self["scaling"]).to(work), two.to(work)
+        y = base(x)
+        # what stands between the factors is as large as x: made again for backward
+        extra = again(lambda t: self._extra(t, base), x.to(compute_dtype(x)))
+        return y + (extra if kept is None else extra * base.channels(kept)).to(y.dtype)
+
+    def _extra(self, x: Tensor, base: Base) -> Tensor:
+        """delta W x through the factors."""
+        factors, scale = self.factors(base.shape), self["scaling"]
+        one, two = (factors[0] * scale).to(x.dtype), factors[1].to(x.dtype)
         c, d = self["pieces"][2:]
         if len(base.shape) == 2:
-            pieces = F.linear(x.to(work).reshape(*x.shape[:-1], c, d), two)
-            extra = F.linear(pieces.transpose(-1, -2), one).transpose(-1, -2).flatten(-2)
-        else:
-            axis = x.dim() - len(base.shape) + 1
-            pieces = base.apply(x.to(work).unflatten(axis, (c, d)).flatten(0, axis), two)
-            pieces = pieces.reshape(*x.shape[:axis], c, -1)
-            extra = (one @ pieces).reshape(*x.shape[:axis], -1, *y.shape[axis + 1 :])
-        return y + (extra if kept is None else extra * base.channels(kept)).to(y.dtype)
+            pieces = F.linear(x.reshape(*x.shape[:-1], c, d), two)
+            return F.linear(pieces.transpose(-1, -2), one).transpose(-1, -2).flatten(-2)
+        axis = x.dim() - len(base.shape) + 1
+        pieces = base.apply(x.unflatten(axis, (c, d)).flatten(0, axis), two)
+        across: Tensor = one @ pieces.reshape(-1, c, pieces[0].numel())
+        return across.reshape(*x.shape[:axis], -1, *pieces.shape[2:])
 
 
 def factorise(n: int, factor: int = -1) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastadapt.adapter import Adapter
 from fastadapt.base import Base
@@ -77,21 +78,17 @@ class Road(Adapter):
         self.identity_at_init = config.init_weights  # type: ignore[misc]
 
     def merged(self, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        more, across = self._columns()
-        w = w.to(torch.promote_types(w.dtype, more.dtype))
-        turned = self._turned(w.flatten(1), more[:, None], across[:, None], 0).view(w.shape)
-        return turned, None if bias is None else self._turned(bias, more, across, 0)
+        w = w.to(torch.promote_types(w.dtype, self["road_theta"].dtype))
+        return self._turned(w, 0), None if bias is None else self._turned(bias, 0)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y = base(x)
-        more, across = (base.channels(v).to(y.dtype) for v in self._columns())
-        return self._turned(y, more, across, y.dim() + 1 - len(base.shape))
+        return self._turned(y, y.dim() + 1 - len(base.shape))
 
-    def _turned(self, y: Tensor, more: Tensor, across: Tensor, dim: int) -> Tensor:
-        """y + more y + across swap(y), where swap exchanges the halves of each group."""
-        halves = y.unflatten(dim, (-1, 2, self["group_size"] // 2))
-        swapped = halves.flip(dim + 1).flatten(dim, dim + 2)
-        return torch.addcmul(torch.addcmul(y, y, more), swapped, across)
+    def _turned(self, y: Tensor, dim: int) -> Tensor:
+        """R over the channels of y, its dimension ``dim``."""
+        args = (*self._columns(), self["group_size"], dim)
+        return TurnFunction.apply(y, *args)  # type: ignore[no-untyped-call,no-any-return]
 
     def _columns(self) -> tuple[Tensor, Tensor]:
         """(the diagonal of R - I, what multiplies the partner), one value a channel.
@@ -109,3 +106,43 @@ class Road(Adapter):
         sine = sine.reshape(-1, 2, group // 2)
         signed = torch.cat([-sine[:, :1], sine[:, 1:]], 1)
         return cosine.flatten() - 1, signed.flatten()
+
+
+class TurnFunction(torch.autograd.Function):
+    """y + more y + across swap(y), where swap exchanges the halves of each group of channels.
+
+    y: (.., c, ..)  more, across: (c,);  saved: y, once"""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, more: Tensor, across: Tensor, group: int, dim: int) -> Tensor:
+        ctx.save_for_backward(y, more, across)
+        ctx.group, ctx.dim = group, dim
+        more, across = (_beside(v, y, dim) for v in (more, across))
+        return torch.addcmul(y, y, more).addcmul_(_swap(y, group, dim), across)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        y, more, across = ctx.saved_tensors
+        need_y, group, dim = ctx.needs_input_grad[0], ctx.group, ctx.dim
+        others = [i for i in range(g.dim()) if i != dim]
+        wide = torch.promote_types(g.dtype, torch.float32)
+
+        def total(t: Tensor) -> Tensor:
+            return (t.sum(others, dtype=wide) if others else t).to(more.dtype)
+
+        dmore, dacross = total(g * y), total(g * _swap(y, group, dim))
+        if not need_y:
+            return None, dmore, dacross, None, None
+        turned = _swap(g * _beside(across, g, dim), group, dim)
+        return turned.add_(g).addcmul_(g, _beside(more, g, dim)), dmore, dacross, None, None
+
+
+def _beside(v: Tensor, y: Tensor, dim: int) -> Tensor:
+    return v.to(y.dtype).view(-1, *[1] * (y.dim() - 1 - dim))
+
+
+def _swap(y: Tensor, group: int, dim: int) -> Tensor:
+    halves = y.unflatten(dim, (-1, 2, group // 2))
+    swapped: Tensor = halves.flip(dim + 1)
+    return swapped.flatten(dim, dim + 2)

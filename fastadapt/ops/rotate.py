@@ -52,10 +52,7 @@ def cayley(q: Tensor, terms: int | None = None) -> Tensor:
     cuSOLVER need."""
     if terms is None:
         q = q.float() if q.element_size() < 4 else q
-        eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-        # I + Q is never singular, so nothing is checked, which would make a GPU wait
-        solved: Tensor = torch.linalg.solve_ex(eye + q, -2 * q, left=False)[0]
-        return solved
+        return CayleyFunction.apply(q)  # type: ignore[no-untyped-call,no-any-return]
     if terms < 2:
         return torch.zeros_like(q)
     if terms == 2:
@@ -65,6 +62,27 @@ def cayley(q: Tensor, terms: int | None = None) -> Tensor:
     for _ in range(max(terms, 4) - 2):
         series = torch.baddbmm(q, q, series, beta=2)
     return series
+
+
+class CayleyFunction(torch.autograd.Function):
+    """D = R - I = 2 (I + Q)^-1 - 2 I holds the inverse itself, so that backward solves nothing:
+    dQ = -2 V^T dD V^T, V = (I + Q)^-1."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor) -> Tensor:
+        eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+        # I + Q is never singular, so nothing is checked, which would make a GPU wait
+        d: Tensor = torch.linalg.solve_ex(eye + q, -2 * q, left=False)[0]
+        ctx.save_for_backward(d)
+        return d
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (d,) = ctx.saved_tensors
+        inverse = (d / 2 + torch.eye(d.shape[-1], dtype=d.dtype, device=d.device)).mT
+        dq: Tensor = inverse @ g @ inverse
+        return dq.mul_(-2)
 
 
 class RotateFunction(torch.autograd.Function):
