@@ -76,6 +76,7 @@ def check(
     tensors = adapter.read([k for k, shape in shapes.items() if shape == adapter.shapes[k]])
     bad = [k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     problems += [f"not finite: {k}" for k in bad]
+    problems += _torn(known, tensors)
     _warn_without_effect(adapter)
     report = LoadReport(missing, unexpected, problems + misshapen)
     if (misshapen and not ignore_mismatched_sizes) or (strict and problems):
@@ -121,6 +122,17 @@ def fill(root: nn.Module, adapter: AdapterFile, name: str) -> None:
                 slot.tensor.copy_(slot.adapter.from_file(part, held))
     adapter.held = {}
     constants.share(layers, name)
+
+
+def _torn(known: dict[str, slots.Slot], tensors: dict[str, Tensor]) -> list[str]:
+    """Keys whose tensors differ although the model has one tensor for them."""
+    first: dict[tuple[int, str], str] = {}
+    found = []
+    for key, tensor in tensors.items():
+        other = first.setdefault((id(known[key].tensor), known[key].form[1]), key)
+        if other != key and not torch.equal(tensor, tensors[other]):
+            found.append(f"two values of one tensor: {other} and {key}")
+    return found
 
 
 def _vocabulary(

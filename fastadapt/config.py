@@ -87,8 +87,10 @@ class PeftConfig:
         own: Any = getattr(type(self), "_own", type(self))
         for name, hint in _hints(own).items():
             value = getattr(self, name)
-            if value is not None and not _fits(value, hint):
+            missing = value is None and hint in (int, float, bool)
+            if missing or (value is not None and not _fits(value, hint)):
                 expected = hint.__name__ if isinstance(hint, type) else hint
+                expected = "an integer" if missing and hint is int else expected
                 raise ConfigError(f"{name}: expected {expected}, got {reprlib.repr(value)}")
         if self.task_type is not None and self.task_type not in [t.value for t in TaskType]:
             raise ConfigError(

@@ -216,3 +216,13 @@ def test_shared_tensors_without_the_prefix(tmp_path: Path) -> None:
                                            t.pop(k)}) for k in list(t)])  # fmt: skip
     again = fastadapt.PeftModel.from_pretrained(tiny.Plain(), tmp_path)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_layers_that_share_a_tensor_cannot_load_two(tmp_path: Path) -> None:
+    """Lily's A serves ``stride_A`` layers: a file with a value for each is of another adapter."""
+    config = fastadapt.LilyConfig(target_modules=["q_proj"], r=4, num_B=2, stride_A=1)
+    fastadapt.get_peft_model(tiny.Plain(), config).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**values, "stride_A": 2}))
+    with pytest.raises(CheckpointError, match=r"two values of one tensor: .*0.*lily_A.*1.*lily_A"):
+        fastadapt.PeftModel.from_pretrained(tiny.Plain(), tmp_path)
