@@ -204,10 +204,11 @@ class FrozenLayer:
         return x if self.indexed or p == 0 else dropout(x, p)
 
     def low_rank(self, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float = 0.0) -> Tensor:
-        if not self.kind.product or self.why_not_fused() is not None:
+        bits = None if self._why_called() else self.bits()
+        if bits is None:
             return _added(self, x, a, b, scale, p)
         return low_rank(
-            x, a, b, scale, bits=self.bits(), bias=self.bias, p=p,
+            x, a, b, scale, bits=bits, bias=self.bias, p=p,
             compute=self.weight.compute(x), out=compute_dtype(x),
         )  # fmt: skip
 
@@ -229,10 +230,17 @@ class FrozenLayer:
 
     def why_not_fused(self) -> str | None:
         """Why the layer itself must be called instead of an op over its bits."""
+        reason = self._why_called()
+        if reason is None and self.weight.bits() is None:
+            return f"{self.weight.name}: the layer quantises its input and must multiply itself"
+        return reason
+
+    def _why_called(self) -> str | None:
+        """The same, but for the weight's format: asked at every call."""
         layer = self.layer
         if not self.kind.product:
             return f"a {self.kind.name} layer is not a matrix product"
-        if "forward" in layer.__dict__ or hasattr(layer, "_hf_hook"):
+        if "forward" in layer.__dict__ or "_hf_hook" in layer.__dict__:
             return "the layer's forward was replaced (offload hook, tensor parallel)"
         if layer._forward_hooks or layer._forward_pre_hooks:
             return "the layer has forward hooks"
@@ -240,8 +248,6 @@ class FrozenLayer:
             return f"{type(layer).__name__} has a forward of its own"
         if layer.weight.requires_grad:
             return "the base weight is trained"
-        if self.weight.bits() is None:
-            return f"{self.weight.name}: the layer quantises its input and must multiply itself"
         return None
 
     def bits(self) -> Bits | None:

@@ -26,7 +26,7 @@ from fastadapt.ops import native
 from fastadapt.ops.bits import FLAT_TENSORS, Bits, Nf4, flatten, unflatten, why_not_whole
 from fastadapt.ops.dispatch import Op
 from fastadapt.ops.dropout import check_p, draw_seed
-from fastadapt.ops.low_rank_native import direct, why_not_one_call
+from fastadapt.ops.low_rank_native import NativeLowRankFunction, direct, why_not_one_call
 from fastadapt.ops.low_rank_steps import NATIVE, REFERENCE, Steps, triton_steps
 from fastadapt.ops.precision import product_dtype
 
@@ -51,11 +51,22 @@ def low_rank(
     out:     the dtype of the result and of the low-rank part
     Raises KernelError for shapes that do not fit and for a p that ``check_p`` refuses.
     """
-    check_low_rank(x, a, b, bits, bias)
+    flat = flatten(bits)
+    straight = direct(x, p, compute, out, flat)
+    if not straight:
+        check_low_rank(x, a, b, bits, bias)
     check_p(p)
     seed = draw_seed(x.device) if p > 0 else None
-    args = (x, bias, a, b, scale, p, seed, compute, out, *flatten(bits))
-    y: Tensor = LowRankFunction.apply(*args)  # type: ignore[no-untyped-call]
+    y: Tensor
+    if not straight:
+        args = (x, bias, a, b, scale, p, seed, compute, out, *flat)
+        y = LowRankFunction.apply(*args)  # type: ignore[no-untyped-call]
+        return y
+    try:
+        y = NativeLowRankFunction.apply(x, bias, a, b, scale, p, seed, flat)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        check_low_rank(x, a, b, bits, bias)
+        raise
     return y
 
 
@@ -65,17 +76,12 @@ class LowRankFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float,
         seed: Tensor | None, compute: torch.dtype, out: torch.dtype, *bits: Any,
     ) -> Tensor:  # fmt: skip
-        ctx.direct = direct(x, p, compute, out, bits)
-        if ctx.direct:
-            y, u = native.low_rank_fwd(x, bias, a, b, scale, p, seed, *bits)
-        else:
-            rows = x.reshape(-1, x.shape[-1])
-            y, u = low_rank_fwd(rows, bias, a, b, scale, p, seed, compute, out, *bits)
-            y = unviewed(y, (*x.shape[:-1], b.shape[0]))
+        rows = x.reshape(-1, x.shape[-1])
+        y, u = low_rank_fwd(rows, bias, a, b, scale, p, seed, compute, out, *bits)
         ctx.save_for_backward(x, u, seed, a, b, *bits[:FLAT_TENSORS])
         ctx.plain = (scale, p, compute, bits[FLAT_TENSORS:])
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        return unviewed(y, (*x.shape[:-1], b.shape[0]))
 
     @staticmethod
     @once_differentiable
@@ -83,16 +89,10 @@ class LowRankFunction(torch.autograd.Function):
         x, u, seed, a, b, *tensors = ctx.saved_tensors
         scale, p, compute, plain = ctx.plain
         need_x, need_bias, need_a, need_b = ctx.needs_input_grad[:4]
-        gs = g.reshape(-1, g.shape[-1])
-        if ctx.direct:
-            dx, da, db = native.low_rank_bwd(
-                g, x, u, a, b, scale, p, seed, need_x, need_a, need_b, *tensors, *plain
-            )
-        else:
-            rows = x.reshape(-1, x.shape[-1])
-            dx, da, db = low_rank_bwd(
-                gs, rows, u, a, b, scale, p, seed, compute, need_x, need_a, need_b, *tensors, *plain
-            )
+        rows, gs = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+        dx, da, db = low_rank_bwd(
+            gs, rows, u, a, b, scale, p, seed, compute, need_x, need_a, need_b, *tensors, *plain
+        )
         wide = torch.promote_types(g.dtype, torch.float32)
         dbias = gs.sum(0, dtype=wide).to(ctx.bias_dtype) if need_bias else None
         rest = (None,) * (5 + len(tensors) + len(plain))

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastadapt.ops import native
+from fastadapt.ops.bits import FLAT_TENSORS
 from fastadapt.ops.dispatch import forced
 
 
@@ -59,4 +61,43 @@ def direct(x: Tensor, p: float, compute: torch.dtype, out: torch.dtype, flat: An
     )
 
 
+class NativeLowRankFunction(torch.autograd.Function):
+    """What ``LowRankFunction`` is to the op. ``flat`` stays one argument: autograd looks at every
+    tensor that is one of its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float,
+        seed: Tensor | None, flat: tuple[Any, ...],
+    ) -> Tensor:  # fmt: skip
+        y, u = native.low_rank_fwd(x, bias, a, b, scale, p, seed, *flat)
+        ctx.save_for_backward(x, u, seed, a, b, *flat[:FLAT_TENSORS])
+        ctx.plain = (scale, p, flat[FLAT_TENSORS:])
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        # the wrapper costs as much as a small layer, and only a graph of the gradient needs it
+        backward = _backward_once if torch.is_grad_enabled() else _backward
+        return backward(ctx, g)
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    x, u, seed, a, b, *tensors = ctx.saved_tensors
+    scale, p, plain = ctx.plain
+    need_x, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
+    dx, da, db = native.low_rank_bwd(
+        g, x, u, a, b, scale, p, seed, need_x, need_a, need_b, *tensors, *plain
+    )
+    dbias = None
+    if need_bias:
+        dbias = g.reshape(-1, g.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return (
+        dx if need_x else None, dbias, da if need_a else None, db if need_b else None,
+        None, None, None, None,
+    )  # fmt: skip
+
+
+_backward_once = once_differentiable(_backward)
 _NEEDED = {torch.float32: native.AVX512, torch.bfloat16: native.AVX512_BF16}
