@@ -410,8 +410,9 @@ TARGET void forward_columns(const Forward& f, const Left& x, const Left& u, cons
     for (int64_t t = at.first; t < at.last; t += kTokens) {
       const int64_t tokens = std::min(kTokens, at.last - t);
       std::memset(sums, 0, tokens * width * 4);
-      if (f.r) tiles(u.data + t * u.stride, u.stride, tokens, extra, width, units_of(f.r), sums, width);
       if (f.w.kind != Weight::kNone) add_weight(f.w, true, x, f.k, c, width, t, tokens, panel, sums);
+      // last, since sums that start from a large low-rank part would round at its size
+      if (f.r) tiles(u.data + t * u.stride, u.stride, tokens, extra, width, units_of(f.r), sums, width);
       write(sums, width, tokens, f.bias, f.add, f.y, f.n, c, t);
     }
   }
@@ -496,17 +497,28 @@ struct MaskedRows {
   }
 };
 
-TARGET void mask_sums(float* sums, int64_t width, int64_t tokens, const uint64_t* keep, float scale) {
+// sums (tokens, width) += scale * mask * (du A)
+TARGET void add_masked(const Left& du, int64_t first, int64_t tokens, const uint32_t* panel, int64_t width, int64_t units,
+                       const uint64_t* keep, float scale, float* sums) {
+  constexpr int64_t kRows = 24;
+  alignas(64) float low[kRows * kWide];
   const __m512 factor = _mm512_set1_ps(scale);
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t c = 0; c < width; c += 32) {
-      __mmask16 here[2];
-      Number::lanes_of(static_cast<uint32_t>(keep[t] >> c), here);
-      for (int i = 0; i < 2; ++i) {
-        float* at = sums + t * width + c + 16 * i;
-        _mm512_storeu_ps(at, _mm512_maskz_mul_ps(here[i], _mm512_loadu_ps(at), factor));
+  for (int64_t t = 0; t < tokens; t += kRows) {
+    const int64_t rows = std::min(kRows, tokens - t);
+    std::memset(low, 0, rows * width * 4);
+    tiles(du.data + (first + t) * du.stride, du.stride, rows, panel, width, units, low, width);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t c = 0; c < width; c += 32) {
+        __mmask16 here[2];
+        Number::lanes_of(static_cast<uint32_t>(keep[t + i] >> c), here);
+        for (int h = 0; h < 2; ++h) {
+          float* at = sums + (t + i) * width + c + 16 * h;
+          const __m512 part = _mm512_mul_ps(_mm512_loadu_ps(low + i * width + c + 16 * h), factor);
+          const __m512 sum = _mm512_loadu_ps(at);
+          _mm512_storeu_ps(at, _mm512_mask_add_ps(sum, here[h], sum, part));
+        }
       }
-    }
+  }
 }
 
 TARGET void backward_columns(const Backward& f, const Left& g, const Left& du, const Left& du_turned, int64_t begin,
@@ -528,11 +540,9 @@ TARGET void backward_columns(const Backward& f, const Left& g, const Left& du, c
         for (int64_t i = 0; i < tokens; ++i) keep[i] = keep64(f.drop.seed, (t + i) * f.k + c, f.drop.threshold);
       if (f.dx) {
         std::memset(sums, 0, tokens * width * 4);
-        if (f.r) {
-          tiles(du.data + t * du.stride, du.stride, tokens, extra, width, units_of(f.r), sums, width);
-          if (f.drop.on) mask_sums(sums, width, tokens, keep, f.drop.scale);
-        }
         if (f.w.kind != Weight::kNone) add_weight(f.w, false, g, f.n, c, width, t, tokens, panel, sums);
+        if (f.r && !f.drop.on) tiles(du.data + t * du.stride, du.stride, tokens, extra, width, units_of(f.r), sums, width);
+        if (f.r && f.drop.on) add_masked(du, t, tokens, extra, width, units_of(f.r), keep, f.drop.scale, sums);
         write(sums, width, tokens, nullptr, f.add, f.dx, f.k, c, t);
       }
       if (!f.da) continue;

@@ -52,7 +52,7 @@ def low_rank(
     Raises KernelError for shapes that do not fit and for a p that ``check_p`` refuses.
     """
     flat = flatten(bits)
-    straight = direct(x, p, compute, out, flat)
+    straight = direct(x, bias, a, b, p, compute, out, flat)
     if not straight:
         check_low_rank(x, a, b, bits, bias)
     check_p(p)

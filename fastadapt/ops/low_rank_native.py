@@ -48,13 +48,21 @@ def why_not_one_call(
     return None
 
 
-def direct(x: Tensor, p: float, compute: torch.dtype, out: torch.dtype, flat: Any) -> bool:
-    """Whether this call may leave the op out: a plain tensor on a CPU, nothing traced, no
-    implementation forced but this one."""
+def direct(
+    x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, p: float, compute: torch.dtype,
+    out: torch.dtype, flat: Any,
+) -> bool:  # fmt: skip
+    """Whether this call may leave the op out: plain tensors of shapes that fit on a CPU, nothing
+    traced, no implementation forced but this one."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
+        return False
+    k, shape_a, shape_b = x.shape[-1], a.shape, b.shape
     return (
-        not torch.compiler.is_compiling()
-        and type(x) is Tensor
-        and x.device.type == "cpu"
+        len(shape_a) == len(shape_b) == 2
+        and shape_a[1] == k
+        and shape_a[0] == shape_b[1]
+        and (flat[0] is None or (flat[8] == shape_b[0] and flat[9] == k))
+        and (bias is None or bias.shape == shape_b[:1])
         and forced() in (None, "native")
         and native.why_not() is None
         and why_not_one_call(x, p, compute, out, flat) is None
