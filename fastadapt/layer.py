@@ -97,6 +97,16 @@ class AdaptedLayer(nn.Module):
         return self.base_layer.bias
 
     @property
+    def quantization_backend(self) -> Any:
+        """The format of a quantised base weight, None for a dense one."""
+        weight = self.frozen.weight
+        return weight if weight.quantised else None
+
+    def extra_repr(self) -> str:
+        weight = self.quantization_backend
+        return "" if weight is None else f"quantization_backend={weight.name}"
+
+    @property
     def in_features(self) -> int:
         return self.frozen.shape[1]
 
@@ -117,6 +127,11 @@ class AdaptedLayer(nn.Module):
         w, bias = self.frozen.read()
         merged, _ = self.adapters[adapter].merged(w, bias)
         return self.frozen.kind.orient(merged - w.to(merged.dtype))
+
+    @property
+    def frozen_peft_weight_names(self) -> dict[str, tuple[str, ...]]:
+        """Adapter -> its parameters that never train."""
+        return {name: a.frozen for name, a in self.adapters.items() if a.frozen}
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether a LoRA can stand for the adapter here; ``convert_to_lora`` makes it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastadapt import inject
+from fastadapt import inject, saving
 from fastadapt.config import AdapterConfig
 from fastadapt.merge import LEAST
 from fastadapt.model import Adapters
@@ -61,6 +61,25 @@ class Tuner(Adapters, nn.Module):
     def unload(self) -> nn.Module:
         """The base model, without the adapters."""
         return self._strip(False, False, None, False)
+
+    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
+        """(What a file of the adapter holds, in float32 numbers; further trainable numbers)."""
+        config = self._configs[adapter]
+        tensors = saving.adapter_state_dict(
+            self.model, config, adapter, save_embedding_layers=False
+        )
+        held = sum(t.numel() * t.element_size() for t in tensors.values()) // 4
+        further = sum(p.numel() for n, p in self.named_parameters()
+                      if p.requires_grad and self.prefix not in n)  # fmt: skip
+        return held, further
+
+    def print_savable_parameters(self) -> None:
+        """One line, in PEFT's words."""
+        held, further = self.get_nb_savable_parameters()
+        print(  # noqa: T201
+            f"{self.prefix.strip('_')} params to-be-saved (float32-equivalent): {held:,d} || "
+            f"total params to-be-saved: {held + further:,d}"
+        )
 
     def _get_kasa_loss(self, adapter_names: str | list[str] | None = None) -> Any:
         """The loss of KaSA's paper, for the caller to add; 0.0 without KaSA."""

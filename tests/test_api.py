@@ -61,11 +61,9 @@ def test_every_public_name_of_peft_is_there() -> None:
 
 
 def test_a_name_without_behaviour_says_so() -> None:
-    from fastadapt.helpers import MontecloraTrainerMixin
-
     from fastadapt import XLoraConfig
 
-    for use in (MontecloraTrainerMixin, fastadapt.create_arrow_model):
+    for use in (fastadapt.compose_cartridge_adapters, fastadapt.create_arrow_model):
         with pytest.raises(UnsupportedError, match="not built yet"):
             use()
     with pytest.raises(UnsupportedError, match="not built yet"):
@@ -297,3 +295,40 @@ def test_a_mixed_model_refuses_prompts_by_name() -> None:
     config = fastadapt.PrefixTuningConfig(num_virtual_tokens=2)
     with pytest.raises(ValueError, match="'PREFIX_TUNING' is not compatible with the `PeftMixed"):
         fastadapt.get_peft_model(Net(), config, mixed=True)
+
+
+@pytest.mark.parametrize("fmt", ["fp32", "nf4", "int8"])
+def test_a_layer_tells_the_format_of_its_base(fmt: str) -> None:
+    quantization = importlib.import_module("fastadapt.utils.quantization_utils")
+    model = fastadapt.get_peft_model(tiny.model("llama", fmt), lora(target_modules=["q_proj"]))
+    layer = model.get_submodule(f"base_model.model.{model.targeted_module_names[0]}")
+    held = layer.quantization_backend
+    assert (held is None) == (fmt == "fp32")
+    assert ("quantization_backend=" in repr(layer)) == (fmt != "fp32")
+    for name, form in (("Bnb4bitBackend", "nf4"), ("Bnb8bitBackend", "int8")):
+        assert isinstance(held, getattr(quantization, name)) == (form == fmt)
+
+
+def test_the_trainers_mixin_adds_the_variational_loss() -> None:
+    helpers = importlib.import_module("fastadapt.helpers")
+
+    class Trainer:
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
+            loss = model(**inputs).loss
+            return (loss, "outputs") if return_outputs else loss
+
+    class Mine(helpers.MontecloraTrainerMixin, Trainer):  # type: ignore[name-defined, misc]
+        pass
+
+    config = lora(target_modules=["q_proj"], monteclora_config={"num_samples": 2})
+    model = fastadapt.get_peft_model(tiny.model(), config).train()
+    assert any(isinstance(m, helpers.MontecloraSampler) for m in model.modules())
+    torch.manual_seed(0)
+    plain = Trainer().compute_loss(model, tiny.batch())
+    want = plain + model._get_monteclora_loss()
+    for outputs in (False, True):
+        torch.manual_seed(0)
+        found = Mine().compute_loss(model, tiny.batch(), return_outputs=outputs)
+        loss = found[0] if outputs else found
+        torch.testing.assert_close(loss, want)
+        assert loss != plain

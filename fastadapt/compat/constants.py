@@ -63,6 +63,11 @@ def _at_least(package: str, major: int, minor: int = 0) -> bool:
     return (int(parts[0]), int(parts[1])) >= (major, minor)
 
 
+def is_torchao_ge_v0_18_0() -> bool:
+    """A call, where the tests of versions of transformers are values."""
+    return _at_least("torchao", 0, 18)
+
+
 def __getattr__(name: str) -> Any:
     if name == "PEFT_TYPE_TO_CONFIG_MAPPING":
         return {t: config_of(t) for t in PeftType}

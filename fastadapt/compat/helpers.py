@@ -14,6 +14,9 @@ from torch import nn
 from fastadapt.config import PeftConfig
 from fastadapt.errors import LifecycleError, UnsupportedError
 from fastadapt.layer import AdaptedLayer
+from fastadapt.methods.monteclora import Sampler, monteclora_loss
+
+MontecloraSampler = Sampler
 
 
 def check_if_peft_model(model_name_or_path: str) -> bool:
@@ -82,6 +85,21 @@ class DoraCaching:
 
     def __exit__(self, *_: object) -> None:
         return None
+
+
+class MontecloraTrainerMixin:
+    """``class MyTrainer(MontecloraTrainerMixin, Trainer)``: its loss has MonteCLoRA's variational
+    loss of the active adapters added."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        parent: Any = super()
+        found = parent.compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
+        extra = monteclora_loss([m.adapters[n] for m in layers for n in m.active_adapters
+                                 if n in m.adapters])  # fmt: skip
+        return (found[0] + extra, *found[1:]) if return_outputs else found + extra
 
 
 def update_forward_signature(model: Any) -> None:

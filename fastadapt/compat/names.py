@@ -32,7 +32,8 @@ HOMES = {
     ),
     _C + "status": "get_layer_status get_model_status TunerLayerStatus TunerModelStatus",
     _C + "helpers": (
-        "check_if_peft_model rescale_adapter_scale disable_input_dtype_casting DoraCaching "
+        "MontecloraTrainerMixin MontecloraSampler check_if_peft_model rescale_adapter_scale "
+        "disable_input_dtype_casting DoraCaching "
         "update_forward_signature update_generate_signature update_signature"
     ),
     "fastadapt.constants": "BufferDict",
@@ -50,7 +51,10 @@ HOMES = {
         "AutoPeftModelForQuestionAnswering AutoPeftModelForFeatureExtraction"
     ),
     _C + "mixed": "PeftMixedModel MixedModel COMPATIBLE_TUNER_TYPES",
-    _C + "virtual": "BaseTuner BaseTunerLayer AuxiliaryTrainingWrapper TrainableTokensWrapper",
+    _C + "virtual": (
+        "BaseTuner BaseTunerLayer AuxiliaryTrainingWrapper TrainableTokensWrapper "
+        "QuantizationBackend Bnb4bitBackend Bnb8bitBackend"
+    ),
     _C + "constants": (
         "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING "
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING WEIGHTS_NAME "
@@ -127,7 +131,7 @@ TUNERS = {
 # names that belong to no method's Config, Model or layer, and have no behaviour yet
 LATER = (
     "ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig CordaConfig "
-    "MontecloraConfig VeloraConfig PromptLearningConfig MontecloraTrainerMixin "
+    "MontecloraConfig VeloraConfig PromptLearningConfig "
     "bloom_model_postprocess_past_key_value "
     "compose_cartridge_adapters create_arrow_model "
     "get_eva_state_dict preprocess_loraga initialize_lora_eva_weights "
@@ -151,8 +155,8 @@ LATER = (
     "task_arithmetic magnitude_prune ties dare_linear dare_ties check_file_exists_on_hf_hub "
     "fsdp_auto_wrap_policy torch_load has_valid_embedding_base_layer get_embedding_layer_name "
     "dispatch_default TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING ShadowLayer "
-    "ShadowCache ShadowCarrier DetachedShadowModel MontecloraSampler BufferedMontecloraSampler "
-    "QuantizationBackend Bnb4bitBackend Bnb8bitBackend ForwardOnlyQuantizationBackend "
+    "ShadowCache ShadowCarrier DetachedShadowModel BufferedMontecloraSampler "
+    "ForwardOnlyQuantizationBackend "
     "TorchaoBackend HqqBackend IncrementalPCA KasaLinearVariant VeloraFunction preprocess_corda "
     "reduce_intruder_dimension _LoraFactorsProxy"
 )

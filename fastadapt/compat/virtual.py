@@ -14,6 +14,7 @@ from fastadapt.errors import UnsupportedError
 from fastadapt.layer import AdaptedLayer
 from fastadapt.methods import METHODS, method_of
 from fastadapt.modules_to_save import ModulesToSaveWrapper
+from fastadapt.weights.weight import Weight
 
 _KINDS = {"Embedding": "embedding", "MultiheadAttention": "attention", "ParamWrapper": "parameter"}
 _FORMATS = {
@@ -69,6 +70,24 @@ class TrainableTokensWrapper(metaclass=_Question):
     @staticmethod
     def holds(instance: Any) -> bool:
         return isinstance(instance, AdaptedLayer) and "token_adapter" in vars(instance)
+
+
+class QuantizationBackend(metaclass=_Question):
+    """The ``quantization_backend`` of a layer on a quantised base."""
+
+    form = ""
+
+    @classmethod
+    def holds(cls, instance: Any) -> bool:
+        return isinstance(instance, Weight) and instance.quantised and cls.form in instance.name
+
+
+class Bnb4bitBackend(QuantizationBackend):
+    form = "bnb4"
+
+
+class Bnb8bitBackend(QuantizationBackend):
+    form = "bnb8"
 
 
 class _ModelQuestion(_Question):

@@ -52,10 +52,12 @@ class LoraGA(FromWeight):
         if not self.changes_base:
             Standard().fill(a, b, base, config)
             return
+        if config.lora_ga_config is None:
+            raise ConfigError("lora_ga_config must be provided when init_lora_weights='lora_ga'")
         super().fill(a, b, base, config)
 
     def pair(self, w: Tensor, base: Base, config: Any) -> tuple[Tensor, Tensor]:
-        options = config.lora_ga_config or LoraGAConfig()
+        options = config.lora_ga_config
         r, scale = config.r, config.scaling
         grad = base.orient(base.note(NOTE)).float().flatten(1)
         u, s, v = torch.svd_lowrank(grad, q=min(4 * r, min(grad.shape)), niter=4)
@@ -100,7 +102,7 @@ def preprocess_loraga(
     TargetError when no linear layer is targeted."""
     if lora_config.lora_ga_config is None:
         raise ConfigError(
-            "preprocess_loraga: expected a LoraConfig with init_lora_weights='lora_ga' and "
+            "If you want to use LoRA-GA, pass a LoraConfig with init_lora_weights='lora_ga' and "
             "lora_ga_config=LoraGAConfig(...)"
         )
     if lora_config.target_modules is None:

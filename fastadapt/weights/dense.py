@@ -15,6 +15,7 @@ from fastadapt.weights.weight import Weight
 
 class DenseWeight(Weight):
     name = "dense"
+    quantised = False
 
     @classmethod
     def claims(cls, layer: nn.Module) -> bool:

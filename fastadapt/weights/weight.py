@@ -17,6 +17,7 @@ class Weight(ABC):
     """The weight of one layer."""
 
     name: ClassVar[str]
+    quantised: ClassVar[bool] = True
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer: Any = layer
