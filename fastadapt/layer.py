@@ -118,6 +118,7 @@ class AdaptedLayer(nn.Module):
         return set(self.adapters)
 
     _all_available_adapter_names = _get_available_adapters
+    _adapters = property(_get_available_adapters)
 
     def get_base_layer(self) -> nn.Module:
         return self.base_layer

@@ -63,6 +63,8 @@ class ShiraConfig(AdapterConfig):
 
 
 class Shira(DenseDelta):
+    # sparse: a pair of a small rank is far from it
+    converts = False
     name, prefix, Config = "shira", "shira_", ShiraConfig
     constant = ("shira_indices",)
 

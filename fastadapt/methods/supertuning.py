@@ -72,6 +72,8 @@ class SupertuningConfig(AdapterConfig):
 
 
 class Supertuning(DenseDelta):
+    # sparse: a pair of a small rank is far from it
+    converts = False
     name, prefix, Config = "supertuning", "supertuning_", SupertuningConfig
     must_agree: ClassVar = {
         "save_precomputed_indices": "Super-Tuning indices must be saved for all adapters or none",
