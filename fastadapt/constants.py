@@ -90,6 +90,13 @@ class BufferDict(nn.Module):
         return self
 
 
+def holder_for(part: Tensor | nn.Module, persistent: bool) -> nn.Module:
+    """What holds parts of this form by adapter: of modules, of parameters, or of constants."""
+    if isinstance(part, nn.Module):
+        return nn.ModuleDict()
+    return nn.ParameterDict() if isinstance(part, nn.Parameter) else BufferDict(None, persistent)
+
+
 def share(layers: Iterable[nn.Module], name: str) -> None:
     """Let the adapter ``name`` use the constants of another where they are equal."""
     holders, equal = _holders(layers, name), {}

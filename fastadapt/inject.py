@@ -29,7 +29,7 @@ from fastadapt.errors import (
     UnsupportedError,
 )
 from fastadapt.kinds import kind_of
-from fastadapt.layer import AdaptedLayer, warn_low_precision
+from fastadapt.layer import AdaptedLayer
 from fastadapt.methods import method_of
 from fastadapt.modules_to_save import ModulesToSaveWrapper
 from fastadapt.parameter import AdaptedParameter, FrozenParameter, Place, places
@@ -437,5 +437,16 @@ def low_precision_warning(model: nn.Module, name: str) -> None:
                 tensors = [part] if isinstance(part, Tensor) else list(part.parameters())
                 for tensor in tensors:
                     if tensor.requires_grad and tensor.dtype in (torch.float16, torch.bfloat16):
-                        warn_low_precision(name, tensor.dtype)
+                        _warn_low_precision(name, tensor.dtype)
                         return
+
+
+def _warn_low_precision(adapter: str, dtype: torch.dtype) -> None:
+    """Half-precision parameters lose small updates: 2e-5 steps on N(0, 0.02) weights are rounded
+    away in 70 % of the entries of a bf16 tensor."""
+    warnings.warn(
+        f"adapter {adapter!r} trains in {dtype}: small updates are rounded away; keep "
+        "autocast_adapter_dtype=True to train it in float32",
+        FastAdaptWarning,
+        stacklevel=3,
+    )

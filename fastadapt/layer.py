@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 
 from fastadapt.adapter import Adapter, Part
 from fastadapt.base import Base, Called, FrozenLayer, Stacked
-from fastadapt.constants import BufferDict
-from fastadapt.errors import FastAdaptWarning, LifecycleError
+from fastadapt.constants import BufferDict, holder_for
+from fastadapt.errors import LifecycleError
 from fastadapt.freezing import freeze, thaw
+from fastadapt.layer_class import class_of, name_of
 from fastadapt.merge import LEAST, LayerMerge, check_keep, write
 from fastadapt.rows import BASE_NAME, Rows, through
 from fastadapt.values import Values
@@ -146,7 +146,7 @@ class AdaptedLayer(nn.Module):
         """Take over the adapter's parts and values, on the base's device."""
         for key, part in adapter.parts.items():
             if key not in self._part_names:
-                setattr(self, key, _holder(part, adapter.file_key(key, "") is not None))
+                setattr(self, key, holder_for(part, adapter.file_key(key, "") is not None))
                 self._part_names.append(key)
             held = getattr(self, key)
             if isinstance(held, nn.ModuleDict) and not isinstance(part, nn.Module):
@@ -162,7 +162,7 @@ class AdaptedLayer(nn.Module):
         self.adapters[name] = adapter
         method = str(getattr(adapter.config.peft_type, "value", adapter.config.peft_type)).lower()
         if type(self) is AdaptedLayer:
-            self.__class__ = _class_of(method, self._get_name().partition(".")[2])
+            self.__class__ = class_of(AdaptedLayer, method, name_of(self))
         for part in self.parts_of(name).values():
             if isinstance(part, nn.Module):
                 part.train(self.training)
@@ -384,42 +384,6 @@ class AdaptedLayer(nn.Module):
                 part.requires_grad_(flag and key not in fixed)
 
     def _get_name(self) -> str:
-        """PEFT's name of such a layer, ``lora.Linear``, which is what printed models show."""
-        methods = [a.name for a in self.adapters.values()] or ["base"]
-        kind, form = self.frozen.kind.name, self.frozen.weight.name
-        shown = {"linear": "Linear", "conv1d_gpt2": "Linear", "embedding": "Embedding"}.get(
-            kind, type(self.base_layer).__name__
-        )
-        return f"{methods[0]}.{shown}" + {"bnb4": "4bit", "bnb8": "8bitLt"}.get(form, "")
-
-
-@cache
-def _class_of(method: str, shown: str) -> Any:
-    """AdaptedLayer under PEFT's name of such a layer: ``type(layer)`` tells methods and kinds
-    apart."""
-    members = {
-        "__module__": f"fastadapt.tuners.{method}.layer", "_made_by": (method, shown),
-        "__reduce_ex__": lambda self, _: (_remake, self._made_by, self.__dict__),
-    }  # fmt: skip
-    return type(shown, (AdaptedLayer,), members)
-
-
-def _remake(method: str, shown: str) -> Any:
-    return object.__new__(_class_of(method, shown))
-
-
-def _holder(part: Part, saved: bool) -> nn.Module:
-    if isinstance(part, nn.Module):
-        return nn.ModuleDict()
-    return nn.ParameterDict() if isinstance(part, nn.Parameter) else BufferDict(persistent=saved)
-
-
-def warn_low_precision(adapter: str, dtype: torch.dtype) -> None:
-    """Half-precision parameters lose small updates: 2e-5 steps on N(0, 0.02) weights are rounded
-    away in 70 % of the entries of a bf16 tensor."""
-    warnings.warn(
-        f"adapter {adapter!r} trains in {dtype}: small updates are rounded away; keep "
-        "autocast_adapter_dtype=True to train it in float32",
-        FastAdaptWarning,
-        stacklevel=3,
-    )
+        """What printed models show."""
+        method = next((a.name for a in self.adapters.values()), "base")
+        return f"{method}.{name_of(self)}"
