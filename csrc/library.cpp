@@ -19,6 +19,8 @@ STABLE_TORCH_LIBRARY(fastadapt_native, m) {
       "bool need_a, bool need_b, Tensor? w, Tensor? absmax, "
       "Tensor? code, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, int blocksize, int nested_blocksize, "
       "ScalarType dtype) -> (Tensor, Tensor, Tensor)");
+  m.def("cross_entropy_fwd(Tensor x, Tensor labels, int ignore) -> (Tensor, Tensor)");
+  m.def("cross_entropy_bwd(Tensor x, Tensor labels, Tensor lse, Tensor g, int ignore) -> Tensor");
   m.def("isa() -> int");
   m.def("dropout(Tensor x, Tensor seed, float p, ScalarType out_dtype) -> Tensor");
 }

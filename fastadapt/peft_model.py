@@ -77,6 +77,10 @@ class PeftModel(Adapters, nn.Module):
         vars(model)["peft_config"] = self._configs
         if again:
             self.set_adapter(adapter_name, config.inference_mode)
+        if isinstance(self, PeftModelForCausalLM):
+            from fastadapt.patch import loss
+
+            loss.enter(model)
         if getattr(model, "is_activation_checkpointing", False):
             self.prepare_model_for_gradient_checkpointing(model)
 

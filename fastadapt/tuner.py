@@ -50,17 +50,23 @@ class Tuner(Adapters, nn.Module):
     ) -> nn.Module:
         """The base model, the adapters (default: the active ones) in its weights; ``keep`` is
         ``merge_adapter``'s, and ``merge_report`` of the model says what was kept."""
+        from fastadapt.patch import loss
         from fastadapt.patch.inplace import untie
 
         model = self._strip(
             True, safe_merge, adapter_names, progressbar, keep=keep, keep_share=keep_share
         )
+        loss.leave(model)
         untie(model)
         return model
 
     def unload(self) -> nn.Module:
         """The base model, without the adapters."""
-        return self._strip(False, False, None, False)
+        from fastadapt.patch import loss
+
+        model = self._strip(False, False, None, False)
+        loss.leave(model)
+        return model
 
     def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
         """(What a file of the adapter holds, in float32 numbers; further trainable numbers)."""

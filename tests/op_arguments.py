@@ -30,7 +30,7 @@ def op_arguments() -> dict[str, list[tuple[Any, ...]]]:
     low, high = torch.randn(2, 64), torch.randn(48, 2)
     pairs = [t.a, low], [t.b, high]
     index, plain = [1, -1, 0, 1], ([1.7, 0.5], [0.3, 0.0], torch.tensor([5, 6]))
-    wide = torch.randn(4, 8)
+    wide, labels = torch.randn(4, 8), torch.tensor([3, -100, 0, 63])
     return {
         "nf4_dequant": [(*t.bits, F32), (*t.bits, BF16)],
         "dropout": [(t.x, seed, 0.3, BF16)],
@@ -64,6 +64,8 @@ def op_arguments() -> dict[str, list[tuple[Any, ...]]]:
                 *nothing,
             ),
         ],
+        "cross_entropy_fwd": [(t.x, labels, -100), (t.x.to(BF16), labels, -100)],
+        "cross_entropy_bwd": [(t.x, labels, torch.randn(4, 2), torch.randn(4), -100)],
         "rotate_fwd": [(t.x, turn, 1, F32), (t.x, turn, 2, BF16)],
         "scale_fwd": [
             (image, channel, None, None, 1),

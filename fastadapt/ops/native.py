@@ -146,6 +146,21 @@ def low_rank_bwd(
     return result
 
 
+def cross_entropy_fwd(x: Tensor, labels: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
+    """loss (rows,) and lse (rows, 2), float32, of ``fastadapt.ops.cross_entropy``.
+
+    x: (rows, columns), float32 or bfloat16   labels: int64, contiguous
+    Needs AVX-512. Raises RuntimeError for what does not fit."""
+    result: tuple[Tensor, Tensor] = torch.ops.fastadapt_native.cross_entropy_fwd(x, labels, ignore)
+    return result
+
+
+def cross_entropy_bwd(x: Tensor, labels: Tensor, lse: Tensor, g: Tensor, ignore: int) -> Tensor:
+    """dx of the same; g: float32 (rows,)."""
+    dx: Tensor = torch.ops.fastadapt_native.cross_entropy_bwd(x, labels, lse, g, ignore)
+    return dx
+
+
 def _require() -> None:
     reason = why_not()
     if reason is not None:

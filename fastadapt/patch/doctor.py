@@ -173,6 +173,8 @@ def _cases(device: torch.device) -> dict[str, tuple[Any, ...]]:
     f32, turn = torch.float32, normal(4, 8, 8)
     weight = flatten(bits)
     _, u = low_rank.low_rank_fwd_reference(x, None, a, b, 0.5, 0.25, seed, f32, f32, *weight)
+    labels = torch.arange(m, device=device)
+    lse = torch.stack([x.amax(1), x.logsumexp(1) - x.amax(1)], 1)
     pairs = [a, normal(3, k)], [b, normal(n, 3)]
     rows = ([0.5, 2.0], [0.25, 0.0], torch.tensor([1, 2], device=device))
     index = [1] * 5 + [-1] * 5 + [0] * 7
@@ -186,6 +188,8 @@ def _cases(device: torch.device) -> dict[str, tuple[Any, ...]]:
         "row_norm": (a, b, 0.5, *weight),
         "scale_fwd": (x, normal(k), normal(k), normal(m, k), 1),
         "scale_bwd": (normal(m, k), x, normal(k), 1, True, True),
+        "cross_entropy_fwd": (x, labels, -100),
+        "cross_entropy_bwd": (x, labels, lse, normal(m), -100),
         "rotate_fwd": (x, turn, 2, f32),
         "rotate_bwd": (normal(m, k), x, turn, 2, True, True),
         "reflect_fwd": (x, a, normal(k, r), f32),

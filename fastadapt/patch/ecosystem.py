@@ -15,12 +15,13 @@ _alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def entered(model: nn.Module) -> None:
-    """A model was patched: Trainer learns to read its checkpoints."""
+    """A model was patched: Trainer learns to read its checkpoints, its loss is ``patch.loss``."""
     _alive.add(model)
     if any(c.__module__ == "transformers.modeling_utils" for c in type(model).__mro__):
-        from fastadapt.patch import trainer
+        from fastadapt.patch import loss, trainer
 
         trainer.install()
+        loss.enter(model)
     if "peft" in sys.modules:
         register_layers()
 
@@ -28,6 +29,8 @@ def entered(model: nn.Module) -> None:
 def left(model: nn.Module) -> None:
     """A model was given back: with the last one, Trainer is as it was."""
     _alive.discard(model)
+    if "fastadapt.patch.loss" in sys.modules:
+        sys.modules["fastadapt.patch.loss"].leave(model)
     if not _alive and "fastadapt.patch.trainer" in sys.modules:
         sys.modules["fastadapt.patch.trainer"].uninstall()
 
