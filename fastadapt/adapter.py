@@ -138,6 +138,19 @@ class Adapter:
         several such adapters share one product with the base. None for any other method."""
         return None
 
+    def invocation(self) -> list[int] | None:
+        """The tokens that a method waits for in each row of a batch, None for one that does not; it
+        asks ``offsets`` in its forward how many tokens from the end of a row it acts on."""
+        return None
+
+    def offsets(self) -> list[int | None]:
+        """How many of the last tokens of each row are the adapter's, None for a row that does not
+        invoke it; of the rows that are its own in a mixed batch."""
+        if self._layer is None or self._layer.offsets is None:
+            return []
+        found: list[int | None] = self._layer.offsets.get(self._key, [])
+        return found if self._layer.group is None else [found[i] for i in self._layer.group]
+
     def file_key(self, part: str, leaf: str) -> str | None:
         """The key of a tensor in PEFT's file, below the layer's path: the part, and its leaf when
         the part is a module. "/name" is a key of the whole adapter (``base_model.name``); None is

@@ -238,7 +238,10 @@ def _resolved(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
         exact = {p for p in names if any(p == t or p.endswith("." + t) for t in wanted)}
         if len(wanted) >= 20 and exact and not config.repeats_targets:
             wanted = targets.condense(wanted, [p for p in names if p not in exact])
-    new = dataclasses.replace(config, target_modules=wanted)
+    # warnings were given when the configuration was made
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FastAdaptWarning)
+        new = dataclasses.replace(config, target_modules=wanted)
     new = new.for_model(targets.model_type(model))
     heads = _task_heads(config)
     if heads:

@@ -47,6 +47,8 @@ class AdaptedLayer(nn.Module):
         self._open: set[str] = set()
         self.cast_input_dtype_enabled = True
         self.rows: Rows | None = None
+        self.offsets: dict[str, list[int | None]] | None = None
+        self.group: Sequence[int] | None = None
         self._snapshots: list[Any] = []
         self.merge_share: LayerMerge | None = None
         self.frozen.weight.attach()

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastadapt import checkpoint, combine, inject, penalties, weighted
+from fastadapt import checkpoint, combine, inject, invocation, penalties, weighted
 from fastadapt.adapter_file import open_adapter
 from fastadapt.base import release_weights
 from fastadapt.config import AdapterConfig, as_config
@@ -24,6 +24,7 @@ from fastadapt.layer import AdaptedLayer
 from fastadapt.merge import LEAST, MergeReport, leave_out
 from fastadapt.methods import METHODS, OWN, method_of
 from fastadapt.modules_to_save import ModulesToSaveWrapper
+from fastadapt.recompute import remembered
 from fastadapt.rows import Rows
 
 
@@ -71,6 +72,7 @@ class Adapters:
             made.config.base_model_name_or_path = path or None
         self._configs[name] = made.config
         penalties.attach(root, name, made)
+        invocation.attach(root, made)
         inject.low_precision_warning(root, name)
 
     def _check_new(self, name: str, config: AdapterConfig) -> None:
@@ -365,6 +367,7 @@ class Adapters:
             leave_out(root, report)
         release_weights(root)
         penalties.detach(root)
+        invocation.detach(root)
         if vars(root).get("peft_config") is self._configs:
             del vars(root)["peft_config"]
         return root
@@ -428,7 +431,8 @@ class Adapters:
         for layer in layers:
             layer.rows = Rows(list(adapter_names), repeat)
         try:
-            yield
+            with remembered(self.adapter_root, layers):
+                yield
         finally:
             for layer in layers:
                 layer.rows = None

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from fastadapt import checkpoint, inject
+from fastadapt import checkpoint, inject, invocation
 from fastadapt.adapter_file import open_adapter
 from fastadapt.config import AdapterConfig, TaskType, as_config
-from fastadapt.errors import FastAdaptWarning, LifecycleError
+from fastadapt.errors import FastAdaptWarning, LifecycleError, UnsupportedError
 from fastadapt.hollow import hollow
 from fastadapt.joint import joint
 from fastadapt.model import Adapters
@@ -140,18 +142,46 @@ class PeftModel(Adapters, nn.Module):
 
         return get_model_status(self)
 
-    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        with self.mixed_batch(adapter_names):
+    def forward(
+        self,
+        *args: Any,
+        adapter_names: list[str] | None = None,
+        alora_offsets: list[int | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward; ``adapter_names``: one adapter a row of the batch;
+        ``alora_offsets``: from how many tokens before the end on aLoRA acts in each row, where
+        ``input_ids`` do not tell."""
+        with self.mixed_batch(adapter_names), self._offsets(alora_offsets, kwargs.get("num_beams")):
             return self.base_model(*args, **kwargs)
 
-    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """The base model's ``generate``; ``adapter_names``: one adapter a row of the batch."""
+    @contextmanager
+    def _offsets(self, offsets: list[int | None] | None, beams: Any) -> Iterator[None]:
+        if offsets is not None and isinstance(beams, int) and beams > 1:
+            raise UnsupportedError(
+                "Beam search not yet supported for aLoRA. (With given offsets: without them they "
+                "are found in input_ids, for beams too.)"
+            )
+        with invocation.given(self.adapter_root, offsets):
+            yield
+
+    def generate(
+        self,
+        *args: Any,
+        adapter_names: list[str] | None = None,
+        alora_offsets: list[int | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's ``generate``, with ``forward``'s arguments."""
         settings = kwargs.get("generation_config") or getattr(
             self.adapter_root, "generation_config", None
         )
         repeats = [kwargs.get(n) or getattr(settings, n, None) or 1
                    for n in ("num_beams", "num_return_sequences")]  # fmt: skip
-        with self.mixed_batch(adapter_names, max(repeats)):
+        with (
+            self.mixed_batch(adapter_names, max(repeats)),
+            self._offsets(alora_offsets, repeats[0]),
+        ):
             return self.adapter_root.generate(*args, **kwargs)  # type: ignore[operator]
 
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:

@@ -51,10 +51,13 @@ def through(layer: Any, x: Tensor, rows: Rows, args: tuple[Any, ...], kwargs: An
     if one_product is not None:
         return one_product
     places = [torch.tensor(rows, device=x.device) for rows in groups.values()]
-    parts = [
-        layer.stack([name], args, kwargs)(x.index_select(0, place))
-        for name, place in zip(groups, places, strict=True)
-    ]
+    parts = []
+    for name, place in zip(groups, places, strict=True):
+        layer.group = groups[name]
+        try:
+            parts.append(layer.stack([name], args, kwargs)(x.index_select(0, place)))
+        finally:
+            layer.group = None
     return torch.cat(parts).index_select(0, torch.cat(places).argsort())
 
 

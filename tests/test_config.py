@@ -28,7 +28,6 @@ CONFIG = "adapter_config.json"
 
 USED = {
     "megatron_config": {"tensor_model_parallel_size": 1},
-    "alora_invocation_tokens": [5],
     "layer_replication": [(0, 1), (0, 2)],
     "arrow_config": {"top_k": 1},
     "ensure_weight_tying": True,

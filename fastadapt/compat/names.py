@@ -40,6 +40,10 @@ HOMES = {
     _C + "conversion": "convert_to_lora save_as_lora",
     _C + "register": "register_peft_method",
     _C + "kappa": "KappaTuneSelector find_kappa_target_modules",
+    _C + "alora": (
+        "calculate_alora_offsets get_alora_offsets_for_forward get_alora_offsets_for_generate "
+        "is_alora_relevant_in_batch"
+    ),
     _C + "tied": "_get_module_names_tied_with_embedding _get_no_split_modules",
     _C + "hotswap": (
         "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap "
@@ -147,8 +151,7 @@ LATER = (
     "LycorisConfig LycorisLayer LycorisTuner LoraVariant DoraLinearLayer DoraEmbeddingLayer "
     "DoraConv1dLayer DoraConv2dLayer DoraConv3dLayer DoraLinearVariant DoraEmbeddingVariant "
     "DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant ALoraLinearVariant "
-    "QALoraLinearVariant BlockDiagonalLinear calculate_alora_offsets "
-    "get_alora_offsets_for_forward get_alora_offsets_for_generate is_alora_relevant_in_batch "
+    "QALoraLinearVariant BlockDiagonalLinear "
     "dequantize_module_weight dequantize_bnb_weight gather_params_ctx get_layer_device_map "
     "init_empty_weights skip_init_on_device loftq_init reshape_weight_task_tensors "
     "magnitude_based_pruning random_pruning prune calculate_majority_sign_mask disjoint_merge "

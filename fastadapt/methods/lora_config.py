@@ -36,12 +36,12 @@ VARIANTS = {
     "kasa_config": "kasa:Kasa",
     "velora_config": "velora:Velora",
     "monteclora_config": "monteclora:Monteclora",
+    "alora_invocation_tokens": "alora:ALora",
 }
 """Field that asks for it -> module of methods : class."""
 
 _NOT_BUILT = (
-    "megatron_config", "alora_invocation_tokens", "layer_replication",
-    "arrow_config", "ensure_weight_tying",
+    "megatron_config", "layer_replication", "arrow_config", "ensure_weight_tying",
 )  # fmt: skip
 
 _OF_INIT = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config"}
@@ -75,8 +75,8 @@ class LoraConfig(AdapterConfig):
     value; use_rslora: s = lora_alpha / sqrt(r); lora_bias: B has a bias; init_lora_weights: True,
     False or a name of ``fastadapt.inits``, some with a config of their own (loftq_config,
     eva_config, corda_config, lora_ga_config); at most one variant: use_dora, use_qalora,
-    use_bdlora, kasa_config, velora_config, monteclora_config, each in its file of
-    ``fastadapt.methods``.
+    use_bdlora, kasa_config, velora_config, monteclora_config, alora_invocation_tokens (the adapter
+    acts from these tokens on), each in its file of ``fastadapt.methods``.
     Fields whose behaviour is not built yet raise UnsupportedError, by name, when they are used.
     """
 
@@ -134,7 +134,12 @@ class LoraConfig(AdapterConfig):
         asked = [name for name in VARIANTS if getattr(self, name)]
         if len(asked) > 1:
             raise ConfigError(f"{' and '.join(asked)}: variants of LoRA do not combine, choose one")
-        if asked and self.lora_bias:
+        if self.alora_invocation_tokens is not None and self.task_type != "CAUSAL_LM":
+            warnings.warn(
+                "aLoRA is currently only supported for CAUSAL_LM task.", FastAdaptWarning,
+                stacklevel=4,
+            )  # fmt: skip
+        if asked and self.lora_bias and not self.alora_invocation_tokens:
             raise ConfigError(
                 f"The argument lora_bias=True is not supported with {asked[0]}, set one of them."
             )
