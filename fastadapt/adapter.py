@@ -51,6 +51,8 @@ class Adapter:
     """A LoRA of enough rank on the same linear layer can stand for the adapter."""
     must_agree: ClassVar[dict[str, str]] = {}
     """Fields that all adapters of the method on a model share -> how PEFT says so."""
+    alias: ClassVar[str] = ""
+    """PEFT's name of a wrapper of its own around the layer, under which scripts look for parts."""
     changes_base: bool = False
     """``start`` moves a part of the base's weight into the adapter: no other may stand on it."""
     constant: tuple[str, ...] = ()
@@ -80,6 +82,11 @@ class Adapter:
     def variant(cls, config: Any) -> type[Adapter]:
         """The class that serves ``config`` (a flag of the config may choose another)."""
         return cls
+
+    @classmethod
+    def tied(cls, config: Any, base: Base, source: Adapter) -> Adapter:
+        """An adapter with the parameters of ``source``, whose layer has the transposed weight."""
+        raise UnsupportedError(f"ensure_weight_tying: {cls.name} adapters cannot be shared")
 
     @classmethod
     def of_parameter(cls, config: Any) -> type[Adapter]:
@@ -190,6 +197,10 @@ class Adapter:
     def combine(self, sources: list[tuple[Adapter, float]], recipe: Recipe, base: Base) -> None:
         """Take the values of the weighted combination of adapters of the same layer."""
         raise UnsupportedError(f"add_weighted_adapter: {self.name} adapters cannot be combined")
+
+    def through(self, alias: str) -> Any:
+        """The layer that has the parts that scripts look for under ``alias``."""
+        return self._layer
 
     def attach(self, layer: AdaptedLayer, key: str) -> None:
         """From now on ``layer`` holds the parts, under the adapter's name ``key``."""

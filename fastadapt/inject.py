@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadapt import constants, targets
+from fastadapt import constants, targets, tying
 from fastadapt.adapter import Adapter, Part
 from fastadapt.base import FrozenLayer, hold_weights
 from fastadapt.config import AdapterConfig, TaskType
@@ -52,13 +52,15 @@ class Plan:
 
     config: with targets resolved; adapters: path -> adapter, in the model's order;
     saved: paths of the modules that are trained whole; parameters: those of ``adapters`` that
-    adapt one parameter of a module; paths are those once all of it is there (see ``after``).
+    adapt one parameter of a module; paths are those once all of it is there (see ``after``);
+    ties: which of them share what the input embedding gets.
     """
 
     config: AdapterConfig
     adapters: dict[str, Adapter]
     saved: list[str]
     parameters: dict[str, Place] = field(default_factory=dict)
+    ties: tying.Ties = field(default_factory=tying.Ties)
 
     def after(self, path: str) -> str:
         """The path of a module once the planned wrappers of parameters are there."""
@@ -78,9 +80,10 @@ def plan(
     Raises TargetError (nothing matched; a name without a match unless ``allow_unmatched``, which
     warns) and UnsupportedError (a target that cannot be adapted)."""
     method = method_of(config.peft_type).variant(config)
+    config, ties = tying.resolve(model, config)
     config = _resolved(model, config)
     modules = dict(targets.walk(model))
-    chosen = targets.select(config, modules)
+    chosen = [p for p in targets.select(config, modules) if p not in ties.targets]
     wanted = getattr(config, "target_parameters", None) or []
     found = places(model, wanted, chosen) if wanted else []
     _report(config, modules, chosen, found, allow_unmatched)
@@ -99,6 +102,9 @@ def plan(
             layer = model.get_submodule(place.module)
             held = place.layer.frozen if place.layer else FrozenParameter(layer, place.key)
             adapters[path] = method.of_parameter(config)(own[path], held)
+        for path in ties.targets if ties.source in adapters else ():
+            held = _base(path, modules[path])
+            adapters[path] = method.tied(own[ties.source], held, adapters[ties.source])
         more = method.companions(config, model, adapters)
         both = [p for p in more if p in adapters or p not in modules]
         if both:
@@ -117,9 +123,11 @@ def plan(
     absent = [m for m in absent if m not in _task_heads(config)]
     if absent:
         raise TargetError(f"modules_to_save: no module is named {absent}")
+    saved = [p for p in saved if p not in ties.saved]
+    saved += ties.saved if ties.source in saved else ()
     for path in saved:
         _refuse_whole(path, modules[path])
-    return Plan(config, adapters, saved, parameters)
+    return Plan(config, adapters, saved, parameters, ties)
 
 
 def attach(model: nn.Module, made: Plan, name: str, *, autocast_adapter_dtype: bool = True) -> None:
@@ -150,7 +158,8 @@ def attach(model: nn.Module, made: Plan, name: str, *, autocast_adapter_dtype: b
     constants.share((model.get_submodule(made.after(path)) for path in made.adapters), name)
     for path in map(made.after, made.saved):
         wrapper = layers.get(path) or _replace(model, path, ModulesToSaveWrapper)
-        wrapper.add(name)
+        first_copy = made.after(made.ties.source) if path in made.ties.saved else ""
+        wrapper.add(name, model.get_submodule(first_copy) if first_copy else None)
         wrapper.set_adapter(active, inference_mode=made.config.inference_mode)
     set_bias_trainable(model, made.config, name, name in active and not made.config.inference_mode)
 

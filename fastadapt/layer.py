@@ -122,6 +122,12 @@ class AdaptedLayer(nn.Module):
     _all_available_adapter_names = _get_available_adapters
     _adapters = property(_get_available_adapters)
 
+    def __getattr__(self, name: str) -> Any:
+        for adapter in self.__dict__.get("adapters", {}).values():
+            if name and adapter.alias == name:
+                return adapter.through(name)
+        return super().__getattr__(name)
+
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 

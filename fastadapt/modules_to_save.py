@@ -59,9 +59,13 @@ class ModulesToSaveWrapper(nn.Module):
             return self.original_module
         return self.modules_to_save[name]
 
-    def add(self, name: str) -> None:
-        """A fresh copy for this adapter; the original is frozen."""
-        self.modules_to_save[name] = copy.deepcopy(self.original_module)
+    def add(self, name: str, tied: Any = None) -> None:
+        """A fresh copy for this adapter; the original is frozen. tied: the wrapper of a module with
+        the same weight, whose copy shares its own."""
+        made: Any = copy.deepcopy(self.original_module)
+        if tied is not None:
+            made.weight = tied.modules_to_save[name].weight
+        self.modules_to_save[name] = made
         self.original_module.requires_grad_(False)
 
     def choose(self, names: Sequence[str]) -> list[str]:

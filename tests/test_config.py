@@ -30,7 +30,6 @@ USED = {
     "megatron_config": {"tensor_model_parallel_size": 1},
     "layer_replication": [(0, 1), (0, 2)],
     "arrow_config": {"top_k": 1},
-    "ensure_weight_tying": True,
 }
 """A value that turns each field on whose behaviour is not built yet."""
 

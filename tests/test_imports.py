@@ -31,12 +31,12 @@ class Room(NamedTuple):
     types: str = ""
 
 
-METHOD = Room("base adapter combine config inits ops targets", types="layer")
+METHOD = Room("base adapter combine config inits ops targets tying", types="layer")
 MODEL = ["layer", "inject", "model", "modules_to_save", "adapter_file", "checkpoint", "saving"]
 MODEL += ["slots", "fingerprint", "targets", "weighted", "explain", "kbit", "reference"]
 MODEL += ["penalties", "eva", "plain_lora", "dialects", "dialect_paths", "tensor_files"]
 MODEL += ["dialect_writers", "constants", "freezing", "hollow", "merge", "rows", "values"]
-MODEL += ["parameter", "layer_class", "invocation", "recompute"]
+MODEL += ["parameter", "layer_class", "invocation", "recompute", "tying"]
 CORE = Room(
     " ".join(["base adapter combine config files inits kinds methods ops", *MODEL]),
     lazy="safetensors huggingface_hub transformers peft rich tqdm",

@@ -69,7 +69,7 @@ class TrainableTokensWrapper(metaclass=_Question):
 
     @staticmethod
     def holds(instance: Any) -> bool:
-        return isinstance(instance, AdaptedLayer) and "token_adapter" in vars(instance)
+        return isinstance(instance, AdaptedLayer) and hasattr(instance, "token_adapter")
 
 
 class QuantizationBackend(metaclass=_Question):

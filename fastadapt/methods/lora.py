@@ -64,6 +64,12 @@ class Lora(DeltaAdapter):
                 )
 
     @classmethod
+    def tied(cls, config: LoraConfig, base: Base, source: Adapter) -> Adapter:
+        from fastadapt.methods.lora_tied import TiedLora
+
+        return TiedLora(config, base, source)
+
+    @classmethod
     def of_parameter(cls, config: LoraConfig) -> type[Adapter]:
         from fastadapt.methods.lora_stack import LoraStack
 
@@ -73,7 +79,7 @@ class Lora(DeltaAdapter):
     def companions(cls, config: LoraConfig, model: Any, adapters: dict[str, Any]) -> Companions:
         if not config.trainable_token_indices:
             return {}
-        return companions_of(model, config.trainable_token_indices, TokenAdapter)
+        return companions_of(model, config, TokenAdapter)
 
     def build(self, base: Base, shared: Any) -> None:
         config: LoraConfig = self.config

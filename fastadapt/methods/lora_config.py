@@ -41,7 +41,7 @@ VARIANTS = {
 """Field that asks for it -> module of methods : class."""
 
 _NOT_BUILT = (
-    "megatron_config", "layer_replication", "arrow_config", "ensure_weight_tying",
+    "megatron_config", "layer_replication", "arrow_config",
 )  # fmt: skip
 
 _OF_INIT = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config"}
@@ -220,7 +220,7 @@ class LoraConfig(AdapterConfig):
     def check_plain(self) -> None:
         """For methods with LoRA's fields and a form of their own: no variant and no other start."""
         self.check_built()
-        for name in (*VARIANTS, "target_parameters"):
+        for name in (*VARIANTS, "target_parameters", "ensure_weight_tying"):
             self._refuse(name)
         if self.init_lora_weights not in (True, False):
             raise UnsupportedError(

@@ -10,9 +10,11 @@ LoRA's ``trainable_token_indices`` puts one of these on the embedding, next to i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +22,9 @@ from torch import Tensor, nn
 from fastadapt.adapter import Adapter
 from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
-from fastadapt.errors import ConfigError, TargetError, UnsupportedError
+from fastadapt.errors import ConfigError, FastAdaptWarning, TargetError, UnsupportedError
 from fastadapt.targets import walk
-
-if TYPE_CHECKING:
-    from fastadapt.layer import AdaptedLayer
+from fastadapt.tying import input_embedding, tied_paths
 
 DELTA = "trainable_tokens_delta"
 
@@ -56,16 +56,17 @@ class TrainableTokens(Adapter):
     adds_embedding_to_file = False
     key: str | None = DELTA
     """In files; None for what files do not hold."""
-    tied = False
+    shares = False
     """D is another layer's."""
 
     @classmethod
     def companions(cls, config: Any, model: Any, adapters: dict[str, Any]) -> Companions:
-        """A head that is tied to the embedding."""
-        head, first = tied_head(model), adapters.get(input_embedding(model) or "")
-        if head is None or first is None:
+        """What is tied to the embedding, most often the head."""
+        first = adapters.get(input_embedding(model) or "")
+        if first is None:
             return {}
-        return {head: lambda base: TiedTokens(config, base, first.parts[DELTA])}
+        tied = [p for p in tied_with(model) if p not in adapters]
+        return dict.fromkeys(tied, lambda base: TiedTokens(config, base, first))
 
     def build(self, base: Base, shared: Any) -> None:
         if len(base.shape) != 2:
@@ -83,7 +84,7 @@ class TrainableTokens(Adapter):
         self.values = {"token_indices": tokens}
 
     def start(self, base: Base) -> None:
-        if self.config.init_weights and not self.tied:
+        if self.config.init_weights and not self.shares:
             w = base.read()[0]
             rows = w.index_select(self.axis, torch.tensor(self["token_indices"], device=w.device))
             with torch.no_grad():
@@ -123,85 +124,113 @@ class TokenAdapter(TrainableTokens):
     """The one of LoRA's ``trainable_token_indices``."""
 
     key = f"token_adapter.{DELTA}"
-
-    def attach(self, layer: AdaptedLayer, key: str) -> None:
-        super().attach(layer, key)
-        # PEFT has a module of this name inside, here the layer is it
-        vars(layer)["token_adapter"] = layer
+    alias = "token_adapter"
 
 
 class TiedTokens(TrainableTokens):
-    """The head's, whose rows are those of the embedding that it is tied to."""
+    """Of a module whose weight is the embedding's, and whose rows are those of its adapter."""
 
-    tied = True
+    shares = True
+
+    def __init__(self, config: Any, base: Base, source: Adapter) -> None:
+        self.source = source
+        super().__init__(config, base, source.parts[DELTA])
+
+    def through(self, alias: str) -> Any:
+        return self.source.through(alias)
 
 
 class TiedTokenAdapter(TiedTokens):
-    """The head's under ``trainable_token_indices``, where PEFT's files have the rows once."""
+    """The one under ``trainable_token_indices``, where PEFT's files have the rows once."""
 
     key = None
+    alias = "token_adapter"
 
 
 Companions = dict[str, Callable[[Base], Adapter]]
 
 
-def companions_of(
-    model: nn.Module, wanted: list[int] | dict[str, list[int]], cls: type[TrainableTokens]
-) -> Companions:
+def companions_of(model: nn.Module, config: Any, cls: type[TrainableTokens]) -> Companions:
     """path -> a maker of the token adapter there: of each embedding named, or the model's, and of
-    the head that is tied to it. Raises TargetError for a name that no module has."""
-    embedding = input_embedding(model)
+    what is tied to it, unless that has tokens of its own.
+
+    Raises TargetError for a name that no module has, ConfigError for tied modules with different
+    tokens under ``ensure_weight_tying`` and for an embedding that is trained whole."""
+    embedding, tied = input_embedding(model), tied_with(model)
+    wanted = config.trainable_token_indices
     if not isinstance(wanted, dict):
         wanted = {embedding or "embed_tokens": list(wanted)}
     paths = [p for p, _ in walk(model)]
+    places = {n: [p for p in paths if p == n or p.endswith(f".{n}")] for n in wanted}
+    for name, tokens in wanted.items():
+        if not places[name]:
+            raise TargetError(
+                f"trainable_token_indices: Target modules {{{name!r}}} not found in the base "
+                "model. Please check the target modules and try again; no module is named so"
+            )
+        if name in (config.modules_to_save or ()):
+            raise ConfigError(
+                "The embedding layer is already marked to be trained fully, either specify "
+                f"`modules_to_save=[..., '{name}', ...]` or `trainable_tokens={{'{name}': x}}` but "
+                "not both."
+            )
+        check_tokens(tokens)
+    shared = [n for n in wanted if {embedding, *tied} & set(places[n])] if tied else []
+    differ = any(wanted[n] != wanted[shared[0]] for n in shared[1:])
+    if differ and config.ensure_weight_tying:
+        raise ConfigError(
+            "Cannot ensure weight tying when different token indices are specified for tied "
+            f"layers. Conflicting layers: {', '.join(f'{n}: {wanted[n]}' for n in shared)}. Please "
+            "use the same indices for all tied layers or set ensure_weight_tying=False."
+        )
+    if config.ensure_weight_tying and not tied:
+        warnings.warn(
+            "ensure_weight_tying=True but the model does not have tied weights "
+            "(tie_word_embeddings=False). Weight tying will not be applied for "
+            "trainable_token_indices.", FastAdaptWarning, stacklevel=5,
+        )  # fmt: skip
+    made: dict[str, Adapter] = {}
     found: Companions = {}
     for name, tokens in wanted.items():
-        chosen = [p for p in paths if p == name or p.endswith(f".{name}")]
-        if not chosen:
-            raise TargetError(f"trainable_token_indices: no module is named {name!r}")
-        check_tokens(tokens)
-        config = TrainableTokensConfig(token_indices=list(tokens))
-        for path in chosen:
-            found.update(_tied(model, path, path == embedding, config, cls))
+        own = TrainableTokensConfig(token_indices=list(tokens))
+        together = not differ and embedding in {p for n in shared for p in places[n]}
+        for path in places[name]:
+            if not (together and path in tied):
+                found[path] = partial(_first, made, path, cls, own)
+    if embedding in found and not differ:
+        own = TrainableTokensConfig(token_indices=list(wanted[shared[0]] if shared else []))
+        found.update({p: partial(_following, made, embedding, own) for p in tied})
     return found
 
 
-def _tied(
-    model: nn.Module, path: str, is_input: bool, config: Any, cls: type[TrainableTokens]
-) -> Companions:
-    made: dict[str, Adapter] = {}
-
-    def first(base: Base) -> Adapter:
-        made[path] = cls(config, base)
-        return made[path]
-
-    head = tied_head(model) if is_input else None
-    if head is None:
-        return {path: first}
-    return {path: first, head: lambda base: TiedTokenAdapter(config, base, made[path].parts[DELTA])}
+def _first(
+    made: dict[str, Adapter], path: str, cls: type[TrainableTokens], config: Any, base: Base
+) -> Adapter:
+    made[path] = cls(config, base)
+    return made[path]
 
 
-def input_embedding(model: Any) -> str | None:
-    """The path of the input embedding, where the model says it."""
-    return _path(model, "get_input_embeddings")
+def _following(made: dict[str, Adapter], path: str, config: Any, base: Base) -> Adapter:
+    return TiedTokenAdapter(config, base, made[path])
 
 
-def tied_head(model: Any) -> str | None:
-    """The path of the output head, when its weight is the input embedding's."""
-    head, tokens = _path(model, "get_output_embeddings"), input_embedding(model)
+def tied_with(model: Any) -> list[str]:
+    """The paths of what is tied to the input embedding: by what the model says, or else the head
+    where its weight is the embedding's."""
+    found = tied_paths(model)
+    if found or getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False:
+        return found
+    tokens = input_embedding(model)
+    try:
+        output = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return []
+    head = next((p for p, m in walk(model) if m is output), None)
     if head is None or tokens is None or head == tokens:
-        return None
+        return []
     layers = [model.get_submodule(p) for p in (head, tokens)]
     own, other = (getattr(getattr(m, "base_layer", m), "weight", None) for m in layers)
-    return head if own is other else None
-
-
-def _path(model: Any, ask: str) -> str | None:
-    try:
-        found = getattr(model, ask)()
-    except (AttributeError, NotImplementedError):
-        return None
-    return next((p for p, m in walk(model) if m is found), None)
+    return [head] if own is other else []
 
 
 def check_tokens(tokens: Any) -> None:
