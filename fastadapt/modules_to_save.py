@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastadapt.errors import LifecycleError, UnsupportedError
+from fastadapt.errors import LifecycleError, ModuleTypeError, UnsupportedError
 from fastadapt.freezing import freeze, thaw
 from fastadapt.rows import BASE_NAME, Rows, grouped
 
@@ -119,7 +119,14 @@ class ModulesToSaveWrapper(nn.Module):
         for key, places in grouped(rows.of(x), self.modules_to_save).items():
             module = self.original_module if key == BASE_NAME else self.modules_to_save[key]
             order.append(torch.tensor(places, device=x.device))
-            parts.append(module(x.index_select(0, order[-1])))
+            y = module(x.index_select(0, order[-1]))
+            if not isinstance(y, Tensor):
+                raise ModuleTypeError(
+                    "Mixed batching is only supported for the following modules: Linear, "
+                    "Embedding, Conv1d, Conv2d, Conv3d. And for others that give one tensor; "
+                    f"{type(module).__name__}, which is trained whole, gives {type(y).__name__}"
+                )
+            parts.append(y)
         return torch.cat(parts).index_select(0, torch.cat(order).argsort())
 
     def __getattr__(self, name: str) -> Any:

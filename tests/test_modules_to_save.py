@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastadapt
 from fastadapt.errors import LifecycleError, TargetError, UnsupportedError
@@ -232,3 +232,13 @@ def test_targets_inside_a_module_that_is_trained_whole_are_left_out(door: Any, i
     assert adapted
     assert not [n for n in adapted if inner in n]
     model(**tiny.batch()).loss.backward()
+
+
+def test_rows_of_a_module_that_gives_no_tensor() -> None:
+    model = fastadapt.get_peft_model(
+        nn.ModuleDict({"gru": nn.GRU(4, 4), "lin": nn.Linear(4, 4)}),
+        fastadapt.LoraConfig(target_modules=["lin"], modules_to_save=["gru"]),
+    )
+    wrapper = model.base_model.model["gru"]
+    with pytest.raises(TypeError, match="Mixed batching is only supported for the following"):
+        wrapper(torch.zeros(2, 3, 4), adapter_names=["default", "__base__"])

@@ -228,6 +228,12 @@ class LoraConfig(AdapterConfig):
                 "has a start of its own; use True or False"
             )
 
+    def _register_custom_module(self, mapping: Any) -> None:
+        raise UnsupportedError(
+            "_register_custom_module: PEFT's layer classes have no place in fastadapt; a layer of "
+            "another kind is a file of fastadapt.kinds"
+        )
+
     def _refuse(self, name: str) -> None:
         if getattr(self, name):
             raise UnsupportedError(
