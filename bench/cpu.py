@@ -4,15 +4,20 @@
 The limit is the frozen dense layer or model in the same dtype, forward + dx, no adapter. The
 contenders take turns (A B C A B C) in one process, and only ratios of medians are read: a machine
 with other work on it disturbs all three. Before anything is timed, our output and dx may be twice
-as far from float64 as PEFT's are.
+as far from float64 as PEFT's are. Peak memory is that of one step in a process of its own.
+
+``--readme`` measures nothing: it writes README's table from the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -23,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import train
-from report import machine
+from report import CPU_ROWS, cpu_readme, machine
 from torch import Tensor, nn
 
 import fastadapt
@@ -31,7 +36,10 @@ import fastadapt
 OURS, RIVAL, LIMIT = "fastadapt", "PEFT + bitsandbytes", "dense, no adapter"
 WIDTH = 4096
 ROUNDS = {1: 40, 32: 20, 512: 8}
-STEPS = {"2x256": (2, 256, 6), "1x32": (1, 32, 14)}
+STEPS = {"2x256": (2, 256, 8), "1x32": (1, 32, 24)}
+BARS = dict(zip(CPU_ROWS, ((5, 1.1), (2.5, 1.2), (1.2, 1.15), (1.6, 1.3), (1.6, 1.3)), strict=True))
+"""At least so many times faster than PEFT, at most so much of the limit's time."""
+SAVED_BAR, MEMORY_OF = 0.5, "2x256"
 
 
 def main() -> int:
@@ -39,13 +47,22 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/native.json"))
+    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--memory", choices=[OURS, RIVAL, LIMIT], help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
+    if args.memory:
+        sys.stdout.write(f"{peak_of_a_step(args.dtypes[0], args.memory)}\n")
+        return 0
+    if args.readme:
+        cpu_readme(Path("README.md"), json.loads(args.out.read_text(encoding="utf-8")))
+        return 0
     load = os.getloadavg()[0]
     rows = []
     for name in args.dtypes:
         rows += linears(getattr(torch, name)) + steps(name)
+        rows.append(memory(name, args.threads))
     document = {
         "lora": train.LORA,
         "rows": rows,
@@ -53,8 +70,30 @@ def main() -> int:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    sys.stdout.write(f"written: {args.out}\n")
+    sys.stdout.write(f"{verdict(rows)}written: {args.out}\n")
     return 0
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """Each row beside its bars."""
+    lines = []
+    for row in rows:
+        found = []
+        if row["what"] in BARS:
+            least, most = BARS[row["what"]]
+            faster, of_limit = row["ratios"].values()
+            found += [(f"{faster:5.2f} x PEFT (at least {least})", faster >= least)]
+            found += [(f"{of_limit:4.2f} of the limit (at most {most})", of_limit <= most)]
+        if "saved_bytes" in row:
+            share = row["saved_bytes"][OURS]["layers"] / row["saved_bytes"][RIVAL]["layers"]
+            found += [(f"{share:4.2f} of PEFT's saved bytes (at most {SAVED_BAR})",
+                       share <= SAVED_BAR)]  # fmt: skip
+        if "peak_bytes" in row:
+            share = row["peak_bytes"][OURS] / row["peak_bytes"][RIVAL]
+            found += [(f"{share:4.2f} of PEFT's peak memory (below 1)", share < 1)]
+        shown = "  ".join(f"{text} {'ok' if met else 'MISSED'}" for text, met in found)
+        lines.append(f"{row['dtype']:9} {row['what']:55} {shown}\n")
+    return "".join(lines)
 
 
 def linears(dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -147,6 +186,38 @@ def steps(name: str) -> list[dict[str, Any]]:
         row["saved_bytes"] = {k: train.saved_for_backward(m, tokens) for k, m in models.items()}
         rows.append(finished(row, {k: step(m) for k, m in models.items()}, rounds))
     return rows
+
+
+def memory(name: str, threads: int) -> dict[str, Any]:
+    """The most memory that a step takes, each contender in a process of its own."""
+    peak = {}
+    for side in (OURS, RIVAL, LIMIT):
+        command = [sys.executable, __file__, "--memory", side, "--dtypes", name]
+        done = subprocess.run(
+            [*command, "--threads", str(threads)], capture_output=True, text=True, check=True
+        )
+        peak[side] = int(done.stdout.split()[-1])
+    return {"what": f"peak resident bytes of a {MEMORY_OF} step", "dtype": name, "peak_bytes": peak}
+
+
+def peak_of_a_step(name: str, side: str) -> int:
+    """Bytes resident at the top of two steps, the model and the interpreter included; building
+    the contenders is left out by starting the kernel's mark anew (Linux)."""
+    dtype, device = getattr(torch, name), torch.device("cpu")
+    contenders, _ = train.build("smollm2-8", dtype, dtype, device)
+    key = {OURS: train.OURS, RIVAL: train.RIVAL, LIMIT: "no adapters, dense"}[side]
+    model = contenders[key].model
+    del contenders, _
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    batch, length, _rounds = STEPS[MEMORY_OF]
+    tokens = train.tokens(train.SHAPES["smollm2-8"]["vocab_size"], batch, length, device)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    for _step in range(2):
+        train.forward_backward(model, tokens)
+        model.zero_grad()
+    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(v for v in status if v.startswith("VmHWM")).split()[1]) * 1024
 
 
 def finished(

@@ -19,6 +19,40 @@ import fastadapt
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "triton")
 
 
+CPU_ROWS = {
+    "linear 4096 x 4096, 1 tokens": "linear 4096 x 4096, 1 token",
+    "linear 4096 x 4096, 32 tokens": "32 tokens",
+    "linear 4096 x 4096, 512 tokens": "512 tokens",
+    "step of 8 layers of SmolLM2-135M, 2x256 tokens": "a step of 8 layers of SmolLM2-135M's "
+    "shapes, 2 x 256 tokens, dropout 0.05",
+    "step of 8 layers of SmolLM2-135M, 1x32 tokens": "the same, 1 x 32 tokens",
+}
+"""The rows of ``cpu.py`` -> what README calls them."""
+CPU_MARKS = "<!-- from bench/results/cpu/native.json -->\n", "<!-- end -->\n"
+
+
+def cpu_table(document: dict[str, Any]) -> str:
+    """README's table of a result of ``cpu.py``, in Markdown."""
+    found = {(row["what"], row["dtype"]): row for row in document["rows"]}
+    dtypes = [d for d in ("bfloat16", "float32") if any(key[1] == d for key in found)]
+    head = [f"{d}: {column}" for d in dtypes for column in ("against PEFT", "of the dense time")]
+    lines = ["| | " + " | ".join(head) + " |", "|" + "---|" * (len(head) + 1)]
+    for what, name in CPU_ROWS.items():
+        cells = [name]
+        for dtype in dtypes:
+            faster, of_limit = found[what, dtype]["ratios"].values()
+            cells += [f"{faster:.2f} x faster", f"{of_limit:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def cpu_readme(path: Path, document: dict[str, Any]) -> None:
+    """Put the table between its marks."""
+    before, start, rest = path.read_text(encoding="utf-8").partition(CPU_MARKS[0])
+    _, end, after = rest.partition(CPU_MARKS[1])
+    path.write_text(before + start + cpu_table(document) + end + after, encoding="utf-8")
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what the samples were taken."""
     from importlib.metadata import PackageNotFoundError, version

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -105,3 +107,14 @@ def test_figures_come_from_results() -> None:
     files = sorted((ROOT / "bench" / "results").glob("**/*.json"))
     results = "".join(path.read_text(encoding="utf-8") for path in files)
     assert not [figure for figure in figures if figure not in results]
+
+
+def test_figures_are_those_of_the_result() -> None:
+    spec = importlib.util.spec_from_file_location("bench_report", ROOT / "bench" / "report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    result = json.loads((ROOT / "bench/results/cpu/native.json").read_text(encoding="utf-8"))
+    start, end = report.CPU_MARKS
+    assert README.partition(start)[2].partition(end)[0] == report.cpu_table(result)
