@@ -11,7 +11,7 @@ STAMP := $(VENV)/.setup-done
 BUILT_FROM := pyproject.toml constraints.txt $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow fuzz test-gpu check format bench finetune clean
+.PHONY: help setup test test-slow sanitize fuzz test-gpu check format bench finetune clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -30,6 +30,9 @@ test-slow: $(STAMP)  ## the tests marked slow (no such test is no failure: pytes
 
 fuzz: $(STAMP)  ## 100,000 hostile adapter files (make test takes 2,000)
 	@FUZZ_INPUTS=100000 $(PY) -m pytest tests/test_fuzz.py tests/test_config_fuzz.py $(ARGS)
+
+sanitize: $(STAMP)  ## the native extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+	@bash .ci/sanitize $(PY) $(ARGS)
 
 test-gpu: $(STAMP)  ## the tests marked gpu
 	@$(PY) -m pytest -m gpu $(ARGS)
