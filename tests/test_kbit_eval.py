@@ -8,6 +8,7 @@ have AVX-512, so the flag and the packed form are set by hand here.
 
 from __future__ import annotations
 
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,56 @@ def test_training_after_eval_generate_and_save(
     assert all(torch.equal(after[n], g) for n, g in before.items())
     for layer in four_bit(model).values():
         assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+
+
+@pytest.mark.slow
+@both_doors
+def test_eval_train_merge_and_save_in_any_order(door: Any, tmp_path: Path) -> None:
+    """Nothing is set by hand here: on a CPU with AVX-512 bf16 the repacking is bitsandbytes' own."""
+    inputs = tiny.batch()
+    inputs.pop("labels")
+
+    def logits(model: Any) -> Tensor:
+        model.eval()
+        with torch.no_grad():
+            out: Tensor = model(**inputs).logits
+        return out
+
+    def fresh() -> Any:
+        model = door(tiny.model(fmt="nf4"), config(target_modules="all-linear"))
+        tiny.randomise(model)
+        return model
+
+    first = fresh()
+    wanted = gradients(first)
+    want = logits(first)
+    first.merge_adapter()
+    merged = logits(first)
+
+    def step(model: Any, name: str, place: Path) -> None:
+        if name == "eval":
+            assert torch.equal(logits(model), want)
+        elif name == "train":
+            assert all(torch.equal(g, wanted[n]) for n, g in gradients(model).items())
+        elif name == "merge":
+            model.merge_adapter()
+            assert torch.equal(logits(model), merged)
+            model.unmerge_adapter()
+        else:
+            model.save_pretrained(place)
+            again = fresh()
+            again.load_adapter(place, "again")
+            again.set_adapter("again")
+            assert torch.equal(logits(again), want)
+
+    for number, order in enumerate(permutations(["eval", "train", "merge", "save"])):
+        model = fresh()
+        for name in order:
+            step(model, name, tmp_path / str(number))
+        assert torch.equal(logits(model), want)
+    plain = model.merge_and_unload()
+    for _again in range(2):  # bitsandbytes may repack now, and multiply in its own order
+        torch.testing.assert_close(logits(plain), merged, rtol=0.05, atol=0.05)
 
 
 @both_doors

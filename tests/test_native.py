@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -462,3 +465,25 @@ def test_a_broken_library_is_tried_once(tmp_path: Path) -> None:
     assert "failed to load" in reason
     (package / "_C.so").unlink()
     assert loader.why_not() == reason
+
+
+@pytest.mark.slow
+def test_without_a_compiler_it_installs_and_says_what_is_missing(tmp_path: Path) -> None:
+    root, lib = Path(__file__).resolve().parents[1], tmp_path / "lib"
+    missing = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
+    built = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "base"),
+         "--build-lib", str(lib)],
+        cwd=root, env={**os.environ, **missing}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    assert "the native extension did not compile" in built.stderr
+    assert not list(lib.glob("fastadapt/_C*"))
+    script = "import fastadapt.cli as c, sys; sys.argv = ['fastadapt', 'doctor']; c.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(lib), "COLUMNS": "200"}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert "fastadapt._C is not built; install again where a C++ compiler and torch are" in said
