@@ -94,7 +94,7 @@ def test_training_after_eval_generate_and_save(
 @pytest.mark.slow
 @both_doors
 def test_eval_train_merge_and_save_in_any_order(door: Any, tmp_path: Path) -> None:
-    """Nothing is set by hand here: on a CPU with AVX-512 bf16 the repacking is bitsandbytes' own."""
+    """Nothing is set by hand: on a CPU with AVX-512 bf16 the repacking is bitsandbytes' own."""
     inputs = tiny.batch()
     inputs.pop("labels")
 
