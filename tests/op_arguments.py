@@ -11,7 +11,7 @@ import torch
 
 from fastadapt import ops
 from fastadapt.ops.bits import Nf4, flatten
-from fastadapt.testing import LowRankCase
+from fastadapt.testing import GroupCase, LowRankCase
 
 for _module in pkgutil.iter_modules(ops.__path__, "fastadapt.ops."):
     import_module(_module.name)  # each registers its ops
@@ -31,6 +31,25 @@ def op_arguments() -> dict[str, list[tuple[Any, ...]]]:
     pairs = [t.a, low], [t.b, high]
     index, plain = [1, -1, 0, 1], ([1.7, 0.5], [0.3, 0.0], torch.tensor([5, 6]))
     wide, labels = torch.randn(4, 8), torch.tensor([3, -100, 0, 63])
+    groups = {}
+    for case in (GroupCase(m=4, bits="nf4"), GroupCase(m=4, dtype=BF16, pair=F32)):
+        x, made = case.make()
+        held = [flatten(each.bits) for each in made]
+        groups[case.bits] = (
+            x,
+            [each.bias for each in made],
+            ([each.a for each in made], [each.b for each in made], [1.7, 0.5, 1.0]),
+            (
+                [v for each in held for v in each[:6]],
+                [v for each in held for v in each[6:10]],
+                held[0][10],
+            ),
+            [each.g for each in made],
+        )
+    drops = [0.3, 0.0, 0.5], torch.tensor([5, 6])
+    x, biases, three, stored, gs = groups["nf4"]
+    half = groups["dense"]
+    hidden = torch.randn(4, 14)
     return {
         "nf4_dequant": [(*t.bits, F32), (*t.bits, BF16)],
         "dropout": [(t.x, seed, 0.3, BF16)],
@@ -66,6 +85,25 @@ def op_arguments() -> dict[str, list[tuple[Any, ...]]]:
         ],
         "cross_entropy_fwd": [(t.x, labels, -100), (t.x.to(BF16), labels, -100)],
         "cross_entropy_bwd": [(t.x, labels, torch.randn(4, 2), torch.randn(4), -100)],
+        "low_rank_group_fwd": [
+            (x, biases, *three, *drops, F32, F32, *stored),
+            (half[0], half[1], *half[2], [0.0] * 3, None, BF16, BF16, *half[3]),
+        ],
+        "low_rank_group_bwd": [
+            (gs, x, hidden, *three, *drops, F32, True, [True] * 6, *stored),
+            (
+                [gs[0], None, gs[2]],
+                x,
+                hidden,
+                *three,
+                [0.0] * 3,
+                None,
+                F32,
+                False,
+                [True, True, False, False, True, True],
+                *stored,
+            ),
+        ],
         "rotate_fwd": [(t.x, turn, 1, F32), (t.x, turn, 2, BF16)],
         "scale_fwd": [
             (image, channel, None, None, 1),

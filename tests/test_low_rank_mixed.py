@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fastadapt.errors import KernelError
 from fastadapt.ops import dispatch, low_rank_steps
 from fastadapt.ops.low_rank_mixed import Pair, low_rank_mixed
+from fastadapt.ops.precision import compute_dtype
 from fastadapt.testing import (
     LowRankCase,
     adapted,
@@ -118,6 +119,65 @@ def test_each_row_is_its_adapter_alone(
     assert set(got) == set(oracle)
     for name in got:
         check(got[name], plain[name], oracle[name], what=name)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_under_autocast_it_is_what_it_is_without(
+    dtype: torch.dtype, implementation: str, device: str
+) -> None:
+    """The op is told its dtypes: autocast must not round the products inside it again."""
+    t, values, g = leaves("nf4", F32, device)
+    p = (0.3, 0.0, 0.5)
+    with dispatch.use(implementation):
+        torch.manual_seed(1)
+        with torch.autocast(device, dtype=dtype):
+            kind = compute_dtype(values["x"])
+            got = run(ours(t, p, kind), values, g, F32)
+        torch.manual_seed(1)
+        want = run(ours(t, p, dtype), values, g, F32)
+    assert kind == got["y"].dtype == dtype
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
+@pytest.mark.parametrize("bits", ["dense", "nf4"])
+def test_a_scaled_step_in_fp16(bits: str, implementation: str, device: str) -> None:
+    """Under autocast and a GradScaler: what is left after unscaling is right to fp16's budget, and
+    a scale that overflows is seen in the gradients of every adapter that has rows."""
+    t, values, g = leaves(bits, F32, device)
+    none = (0.0,) * len(RANKS)
+
+    def step(op: Any, scale: float) -> tuple[Leaves, bool]:
+        held = {k: v.detach().clone().requires_grad_() for k, v in values.items()}
+        before = {k: v.detach().clone() for k, v in held.items()}
+        optimizer = torch.optim.SGD(held.values(), lr=1.0)
+        scaler = torch.amp.GradScaler(device, init_scale=scale)
+        with torch.autocast(device, dtype=F16):
+            y = op(**held)
+        scaler.scale((y.float() * g).sum()).backward()
+        scaler.unscale_(optimizer)
+        grads = {k: v.grad.clone() for k, v in held.items() if v.grad is not None}
+        scaler.step(optimizer)
+        scaler.update()
+        stood = all(torch.equal(held[k].detach(), before[k]) for k in held)
+        return grads, stood
+
+    with dispatch.use(implementation):
+        got, stood = step(ours(t, none, F16), 2.0**7)
+        inf, skipped = step(ours(t, none, F16), 2.0**30)
+    rows = by_rows(t, none, torch.empty(0), F32)
+    plain, _ = step(lambda **held: rows(**held).to(F16), 2.0**7)
+    oracle = run(by_rows(t, none, torch.empty(0), F64), values, g, F64)
+    unit = torch.finfo(F16).eps / 2
+    moved = {k: v + v * unit * v.sin().sign() for k, v in values.items()}
+    off = run(by_rows(t, none, torch.empty(0), F64), moved, g, F64)
+    assert set(got) == set(values)
+    assert (stood, skipped) == (False, True)
+    for name in got:
+        # what rounding each leaf to fp16 once does, since autocast rounds them
+        cost = float((off[name] - oracle[name]).abs().max())
+        check(got[name], plain[name], oracle[name], cost=cost, what=name)
+        assert not inf[name].isfinite().all(), name
 
 
 def test_the_base_product_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
     ("name", "index"), [(n, i) for n, calls in op_arguments().items() for i in range(len(calls))]
 )
 def test_opcheck(name: str, index: int, implementation: str, device: str) -> None:
-    args = [v.to(device) if isinstance(v, Tensor) else v for v in op_arguments()[name][index]]
+    args = _on(device, list(op_arguments()[name][index]))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor",
              "test_aot_dispatch_static", "test_aot_dispatch_dynamic")  # fmt: skip
     op = dispatch.OPS[name]
@@ -25,6 +27,12 @@ def test_opcheck(name: str, index: int, implementation: str, device: str) -> Non
     chosen = "reference" if op.why_not(implementation, *args) else implementation
     with dispatch.use(chosen):
         torch.library.opcheck(op.call, tuple(args), test_utils=tests)
+
+
+def _on(device: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_on(device, each) for each in value]
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def test_every_op_has_a_case_for_opcheck() -> None:

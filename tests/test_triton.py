@@ -57,6 +57,7 @@ def test_every_kernel_of_every_op_is_among_the_default_cases() -> None:
     prefix |= dict.fromkeys(("low_rank_mixed_fwd", "low_rank_mixed_bwd"), "low_rank_mixed")
     prefix |= dict.fromkeys(("rotate_fwd", "rotate_bwd"), "rotate")
     prefix |= dict.fromkeys(("reflect_fwd", "reflect_bwd"), "reflect")
+    prefix |= dict.fromkeys(("low_rank_group_fwd", "low_rank_group_bwd"), "low_rank_group")
     served = [name for name, op in OPS.items() if "triton" in op.implementations]
     assert served
     for name in served:

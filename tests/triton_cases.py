@@ -37,6 +37,7 @@ from fastadapt.ops.rotate import RotateFunction
 from fastadapt.ops.row_norm import row_norm
 from fastadapt.ops.scale import scale
 from fastadapt.testing import (
+    GroupCase,
     LowRankCase,
     check,
     decoded,
@@ -311,6 +312,32 @@ def mixed(bits: str, dtype: torch.dtype, p: tuple[float, ...]) -> None:
         check(got[name], plain[name], oracle[name], what=name)
 
 
+def grouped(case: GroupCase) -> None:
+    """Layers over one x, above and below the token count where their weights are decoded."""
+    from tests import test_low_rank_group as group
+
+    x, made = case.make()
+    values = group.leaves_of(x, made)
+    oracle = group.run(group.by_hand(case, made, F64), values, made, F64)
+    plain = group.run(group.by_hand(case, made, None), values, made)
+    torch.manual_seed(0)
+    with use("triton"), in_own_dtype():
+        got = group.run(group.ours(case, made), values, made)
+    for name in oracle:
+        check(got[name], plain[name], oracle[name], what=name)
+
+
+_DROPS = ((48, 8, 0.3, True), (16, 1, 0.0, False), (33, 5, 0.5, True))
+GROUPS = {
+    f"low_rank_group-{case}": partial(grouped, case)
+    for case in (
+        GroupCase(), GroupCase(members=_DROPS), GroupCase(bits="nf4", dtype=F16, members=_DROPS),
+        GroupCase(bits="nf4"), GroupCase(bits="nf4", m=257), GroupCase(bits="nf4-flat", m=257),
+        GroupCase(bits="nf4", m=0),
+    )
+}  # fmt: skip
+
+
 MIXES = {
     f"low_rank_mixed-{bits}-{name}-p{p[0]}": partial(mixed, bits, dtype, p)
     for bits, (name, dtype), p in itertools.product(
@@ -583,6 +610,7 @@ CASES: dict[str, Callable[[], None]] = {
     **DROPS,
     "dropout-strided": drop_strided,
     **LOW_RANKS,
+    **GROUPS,
     **MIXES,
     **SPLITS,
     **NORMS,
@@ -598,7 +626,7 @@ SPREAD = {
     *(f"decode-{n}x{k}-nf4{nested}-64-{short}" for n, k in DECODE_SHAPES
       for nested in ("", "-nested") for short in ("fp32", "fp16")),
     "decode-5x192-fp4-nested-64-fp32", "decode-130x64-nf4-nested-128-fp16", "decode-two_levels",
-    "decode-misaligned", "decode-pairs", "decode-pairs_back", "dropout-strided",
+    "decode-misaligned", *GROUPS, "decode-pairs", "decode-pairs_back", "dropout-strided",
     *(name for name in DROPS if "-p0.5-" in name),
     *(f"low_rank-{LowRankCase(bits=bits, dtype=dtype, p=0.3)}"
       for bits in ("none", "dense", "nf4", "nf4-flat", "fp4") for dtype in (F32, F16)),

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastadapt.ops import (  # noqa: F401 (registers the ops)
     dropout,
     low_rank,
+    low_rank_group,
     low_rank_mixed,
     native,
     nf4,
@@ -178,6 +179,7 @@ def _cases(device: torch.device) -> dict[str, tuple[Any, ...]]:
     pairs = [a, normal(3, k)], [b, normal(n, 3)]
     rows = ([0.5, 2.0], [0.25, 0.0], torch.tensor([1, 2], device=device))
     index = [1] * 5 + [-1] * 5 + [0] * 7
+    stored = ([*weight[:6]] * 2, [*weight[6:10]] * 2, f32)
     return {
         "nf4_dequant": (*bits, f32),
         "dropout": (x, seed, 0.25, f32),
@@ -185,6 +187,10 @@ def _cases(device: torch.device) -> dict[str, tuple[Any, ...]]:
         "low_rank_bwd": (g, x, u, a, b, 0.5, 0.25, seed, f32, True, True, True, *weight),
         "low_rank_mixed_fwd": (x, None, *pairs, n, *rows, index, f32, f32, *weight),
         "low_rank_mixed_bwd": (g, x, u, *pairs, *rows, index, f32, True, [True] * 4, *weight),
+        "low_rank_group_fwd": (x, [None, normal(n)], *pairs, *rows, f32, f32, *stored),
+        "low_rank_group_bwd": (
+            [g, normal(m, n)], x, normal(m, r + 3), *pairs, *rows, f32, True, [True] * 4, *stored,
+        ),
         "row_norm": (a, b, 0.5, *weight),
         "scale_fwd": (x, normal(k), normal(k), normal(m, k), 1),
         "scale_bwd": (normal(m, k), x, normal(k), 1, True, True),
@@ -194,7 +200,7 @@ def _cases(device: torch.device) -> dict[str, tuple[Any, ...]]:
         "rotate_bwd": (normal(m, k), x, turn, 2, True, True),
         "reflect_fwd": (x, a, normal(k, r), f32),
         "reflect_bwd": (normal(m, k), x, normal(m, r), a, normal(k, r), True, True, True),
-    }
+    }  # fmt: skip
 
 
 def _wide(arg: Any) -> Any:

@@ -5,6 +5,7 @@ format and kind under every method."""
 from __future__ import annotations
 
 from fastadapt.testing.budget import as_float64, budget, check, error
+from fastadapt.testing.groups import GroupCase
 from fastadapt.testing.layers import (
     FORMATS,
     IMPOSSIBLE,
@@ -36,9 +37,9 @@ from fastadapt.testing.ops import (
 )
 
 __all__ = [
-    "FORMATS", "IMPOSSIBLE", "KINDS", "METHOD_CASES", "UNMERGEABLE", "VARIANTS", "LowRankCase",
-    "LowRankInputs", "OneLayer", "adapted", "adapter_parameters", "applied", "as_float64",
-    "base_layer", "budget", "check", "config_of", "decoded", "drop_factors", "dtype_of", "error",
-    "exists", "in_float64", "layer_input", "merged", "move", "moved", "plain_low_rank",
-    "quantised",
+    "FORMATS", "IMPOSSIBLE", "KINDS", "METHOD_CASES", "UNMERGEABLE", "VARIANTS", "GroupCase",
+    "LowRankCase", "LowRankInputs", "OneLayer", "adapted", "adapter_parameters", "applied",
+    "as_float64", "base_layer", "budget", "check", "config_of", "decoded", "drop_factors",
+    "dtype_of", "error", "exists", "in_float64", "layer_input", "merged", "move", "moved",
+    "plain_low_rank", "quantised",
 ]  # fmt: skip
