@@ -62,7 +62,7 @@ _NAMES = {
     "fastadapt.methods.glora": "GloraConfig",
     "fastadapt.methods.peanut": "PeanutConfig",
     "fastadapt.methods.lily": "LilyConfig",
-    "fastadapt.methods.unbuilt": (
+    "fastadapt.unbuilt": (
         "PromptLearningConfig PromptTuningConfig MultitaskPromptTuningConfig PromptEncoderConfig "
         "PrefixTuningConfig CartridgeConfig CPTConfig AdaptionPromptConfig PolyConfig ShadowConfig "
         "XLoraConfig PromptTuningInit MultitaskPromptTuningInit PromptEncoderReparameterizationType"

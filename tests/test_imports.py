@@ -57,6 +57,7 @@ ROOMS = {
     "methods": METHOD._replace(lazy="numpy"),  # PEFT draws some places with its generator
     "inits": METHOD._replace(lazy="bitsandbytes safetensors tqdm"),
     "prompts": METHOD,
+    "unbuilt": Room("config"),
     "routers": METHOD,
     "optimizers": Room(lazy="bitsandbytes"),
     **dict.fromkeys(MODEL, CORE),

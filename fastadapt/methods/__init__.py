@@ -104,7 +104,7 @@ def config_of(peft_type: Any) -> Any:
     """The configuration class that a ``peft_type`` names, of a method that is built or not."""
     name = str(getattr(peft_type, "value", peft_type))
     if name in UNBUILT and name not in METHODS:
-        return getattr(import_module("fastadapt.methods.unbuilt"), f"{UNBUILT[name]}Config")
+        return getattr(import_module("fastadapt.unbuilt"), f"{UNBUILT[name]}Config")
     if name in OWN:
         return OWN[name][0]
     return method_of(peft_type).Config

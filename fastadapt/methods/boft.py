@@ -25,6 +25,7 @@ from fastadapt.adapter import Adapter
 from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError, UnsupportedError
+from fastadapt.methods import fields
 from fastadapt.methods.oft import BlockDropout
 from fastadapt.ops.rotate import cayley, rotate
 
@@ -62,10 +63,8 @@ class BOFTConfig(AdapterConfig):
                 "You can only specify boft_n_butterfly_factor "
                 f"{self.boft_n_butterfly_factor} to be a positive integer number."
             )
-        if not 0 <= self.boft_dropout < 1:
-            raise ConfigError(f"boft_dropout: expected 0 <= p < 1, got {self.boft_dropout!r}")
-        if self.bias not in ("none", "all", "boft_only"):
-            raise ConfigError(f"bias: expected none, all or boft_only, got {self.bias!r}")
+        fields.rate(self, "boft_dropout")
+        fields.choice(self, "bias", ("none", "all", "boft_only"))
 
 
 class BOFT(Adapter):

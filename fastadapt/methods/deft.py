@@ -21,6 +21,8 @@ from fastadapt.adapter import Adapter
 from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError
+from fastadapt.methods import fields
+from fastadapt.methods.pair import drop_part
 from fastadapt.ops.precision import compute_dtype, product_dtype
 
 
@@ -46,19 +48,14 @@ class DeftConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.DEFT  # type: ignore[attr-defined]
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ConfigError(
-                f"`r` should be a positive integer value but the value passed is {self.r!r}"
-            )
+        fields.count(self, "r")
         if self.decomposition_method not in ("qr", "relu"):
             raise ConfigError(
                 f"Unknown decomposition_method {self.decomposition_method!r}, must be one of "
                 "['qr', 'relu']."
             )
-        if not 0 <= self.deft_dropout < 1:
-            raise ConfigError(f"deft_dropout: expected 0 <= p < 1, got {self.deft_dropout!r}")
-        if self.bias not in ("none", "all", "deft_only"):
-            raise ConfigError(f"bias: expected none, all or deft_only, got {self.bias!r}")
+        fields.rate(self, "deft_dropout")
+        fields.choice(self, "bias", ("none", "all", "deft_only"))
 
 
 class Deft(Adapter):
@@ -68,14 +65,13 @@ class Deft(Adapter):
         config: DeftConfig = self.config
         n = base.shape[0]
         r = min(config.r, n)
-        p = config.deft_dropout
         self.parts = {"deft_P": nn.Parameter(torch.empty(n, r).normal_(0.0, 0.02))}
         if not config.para:
             injected = nn.Parameter(torch.zeros(r, *base.shape[1:]))
             if not config.init_weights:
                 nn.init.normal_(injected, mean=0.0, std=0.02 * config.init_scale)
             self.parts["deft_R"] = injected
-        self.parts["deft_dropout"] = nn.Dropout(p) if p > 0 else nn.Identity()
+        self.parts["deft_dropout"] = drop_part(config.deft_dropout)
         self.values = {
             "deft_r": r, "deft_decomposition": config.decomposition_method,
             "deft_init_scale": config.init_scale, "deft_para": config.para,

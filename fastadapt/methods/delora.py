@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadapt.adapter import DeltaAdapter
-from fastadapt.base import Base, compose
+from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError
+from fastadapt.methods import fields
+from fastadapt.methods.pair import PairAdapter, drop_part
 from fastadapt.targets import pattern_value
 
 _LEAST = 1e-4
@@ -52,10 +53,8 @@ class DeloraConfig(AdapterConfig):
         for r in (self.r, *self.rank_pattern.values()):
             if isinstance(r, bool) or not isinstance(r, int) or r <= 0:
                 raise ConfigError(f"`r` must be a positive integer; got {r!r}.")
-        if not 0 <= self.module_dropout < 1:
-            raise ConfigError(f"module_dropout: expected 0 <= p < 1, got {self.module_dropout!r}")
-        if self.bias not in ("none", "all", "delora_only"):
-            raise ConfigError(f"bias: expected none, all or delora_only, got {self.bias!r}")
+        fields.rate(self, "module_dropout")
+        fields.choice(self, "bias", ("none", "all", "delora_only"))
 
     def at(self, path: str) -> DeloraConfig:
         r = pattern_value(self.rank_pattern or {}, path, self.r)
@@ -63,9 +62,10 @@ class DeloraConfig(AdapterConfig):
         return dataclasses.replace(self, r=r, delora_lambda=bound)
 
 
-class Delora(DeltaAdapter):
+class Delora(PairAdapter):
     name, prefix, Config = "delora", "delora_", DeloraConfig
     constant = ("delora_w_norm",)
+    dropout = "delora_dropout"
 
     def build(self, base: Base, shared: Any) -> None:
         config: DeloraConfig = self.config
@@ -73,9 +73,8 @@ class Delora(DeltaAdapter):
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         if not config.init_weights:
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
-        p = config.module_dropout
         self.parts = {
-            "delora_dropout": nn.Dropout(p) if p > 0 else nn.Identity(),
+            "delora_dropout": drop_part(config.module_dropout),
             "delora_A": nn.Parameter(a), "delora_B": nn.Parameter(b),
             "delora_lambda": nn.Parameter(torch.full((1,), float(config.delora_lambda))),
             "delora_w_norm": nn.Parameter(torch.ones(base.shape[1:]), requires_grad=False),
@@ -90,16 +89,9 @@ class Delora(DeltaAdapter):
             with torch.no_grad():
                 norm.copy_(torch.linalg.vector_norm(w, dim=0, dtype=norm.dtype))
 
-    def delta(self) -> Tensor:
-        return compose(*self._pair())
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        p = self.rate("delora_dropout")
-        if base.groups > 1:
-            return base(x) + base.apply(base.drop(x, p), self.delta().to(x.dtype))
-        return base.low_rank(x, *self._pair(), 1.0, p)
-
-    def _pair(self) -> tuple[Tensor, Tensor]:
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         a, b = self["delora_A"], self["delora_B"]
         lengths = a.flatten(1).norm(dim=1).clamp(min=_LEAST) * b.norm(dim=0).clamp(min=_LEAST)
-        return a * self["delora_w_norm"], b * (self["delora_lambda"] / self["r"] / lengths)
+        return (a * self["delora_w_norm"]).flatten(1), b * (
+            self["delora_lambda"] / self["r"] / lengths
+        )

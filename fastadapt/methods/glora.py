@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError
+from fastadapt.methods import fields
 from fastadapt.methods.dense import DenseAdapter
 
 _FORMS = {
@@ -58,8 +59,7 @@ class GloraConfig(AdapterConfig):
                 )
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
             raise ConfigError(f"`r` should be a positive integer, got {self.r!r}")
-        if self.bias not in ("none", "all", "glora_only"):
-            raise ConfigError(f"bias: expected none, all or glora_only, got {self.bias!r}")
+        fields.choice(self, "bias", ("none", "all", "glora_only"))
 
 
 class Path(nn.Module):

@@ -22,6 +22,8 @@ from fastadapt.adapter import DeltaAdapter
 from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError, UnsupportedError
+from fastadapt.methods import fields
+from fastadapt.methods.pair import drop_part
 from fastadapt.ops.precision import compute_dtype, product_dtype
 
 
@@ -62,10 +64,8 @@ class GraloraConfig(AdapterConfig):
             raise ConfigError(
                 f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}"
             )
-        if not 0 <= self.gralora_dropout < 1:
-            raise ConfigError(f"gralora_dropout: expected 0 <= p < 1, got {self.gralora_dropout!r}")
-        if self.bias not in ("none", "all", "gralora_only"):
-            raise ConfigError(f"bias: expected none, all or gralora_only, got {self.bias!r}")
+        fields.rate(self, "gralora_dropout")
+        fields.choice(self, "bias", ("none", "all", "gralora_only"))
 
 
 class Gralora(DeltaAdapter):
@@ -84,7 +84,6 @@ class Gralora(DeltaAdapter):
             nn.init.kaiming_uniform_(a[i], a=math.sqrt(5))
             if not config.init_weights:
                 nn.init.kaiming_uniform_(b[i], a=math.sqrt(5))
-        p = config.gralora_dropout
         plain: tuple[nn.Module, nn.Module] = nn.Identity(), nn.Identity()
         if config.hybrid_r:
             down, up = nn.Linear(k, config.hybrid_r, False), nn.Linear(config.hybrid_r, n, False)
@@ -94,7 +93,7 @@ class Gralora(DeltaAdapter):
                 nn.init.kaiming_uniform_(up.weight, a=math.sqrt(5))
             plain = down, up
         self.parts = {
-            "gralora_dropout": nn.Dropout(p) if p > 0 else nn.Identity(),
+            "gralora_dropout": drop_part(config.gralora_dropout),
             "gralora_A": nn.Parameter(a.transpose(1, 2).contiguous()),
             "gralora_B": nn.Parameter(b.transpose(1, 2).contiguous()),
             "gralora_A_general": plain[0], "gralora_B_general": plain[1],

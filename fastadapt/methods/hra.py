@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from fastadapt.adapter import Adapter
 from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
-from fastadapt.errors import ConfigError, FastAdaptWarning
+from fastadapt.errors import FastAdaptWarning
+from fastadapt.methods import fields
 from fastadapt.ops.reflect import reflect
 
 
@@ -43,12 +44,8 @@ class HRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.HRA  # type: ignore[attr-defined]
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ConfigError(
-                f"`r` should be a positive integer value but the value passed is {self.r!r}"
-            )
-        if self.bias not in ("none", "all", "hra_only"):
-            raise ConfigError(f"bias: expected none, all or hra_only, got {self.bias!r}")
+        fields.count(self, "r")
+        fields.choice(self, "bias", ("none", "all", "hra_only"))
 
 
 class HRA(Adapter):

@@ -21,6 +21,7 @@ from fastadapt.adapter import Adapter
 from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError, UnsupportedError
+from fastadapt.methods import fields
 from fastadapt.ops.precision import compute_dtype, product_dtype
 
 
@@ -40,10 +41,7 @@ class LilyConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LILY  # type: ignore[attr-defined]
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ConfigError(
-                f"`r` should be a positive integer value but the value passed is {self.r!r}"
-            )
+        fields.count(self, "r")
         if self.stride_A < 1:
             raise ConfigError("`stride_A` must be at least 1.")
         if self.num_B < 2:

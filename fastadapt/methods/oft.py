@@ -25,6 +25,7 @@ from fastadapt.adapter import Adapter
 from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError, FastAdaptWarning
+from fastadapt.methods import fields
 from fastadapt.ops.rotate import cayley, rotate
 
 
@@ -64,10 +65,8 @@ class OFTConfig(AdapterConfig):
                 f"({self.oft_block_size}), but not both simultaneously, because r x oft_block_size "
                 "== in_features. Set oft_block_size=0 to give r."
             )
-        if not 0 <= self.module_dropout < 1:
-            raise ConfigError(f"module_dropout: expected 0 <= p < 1, got {self.module_dropout!r}")
-        if self.bias not in ("none", "all", "oft_only"):
-            raise ConfigError(f"bias: expected none, all or oft_only, got {self.bias!r}")
+        fields.rate(self, "module_dropout")
+        fields.choice(self, "bias", ("none", "all", "oft_only"))
 
 
 class Rotation(nn.Module):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError, FastAdaptWarning, UnsupportedError
+from fastadapt.methods import fields
 from fastadapt.methods.dense import DenseDelta
 from fastadapt.targets import DEFAULT_TARGETS
 
@@ -50,10 +51,7 @@ class ShiraConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SHIRA  # type: ignore[attr-defined]
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ConfigError(
-                f"`r` should be a positive integer value but the value passed is {self.r!r}"
-            )
+        fields.count(self, "r")
         if self.mask_type != "random" and not self.inference_mode:
             warnings.warn(
                 f"Argument self.mask_type={self.mask_type!r} is not recognized, please supply your "
