@@ -21,12 +21,16 @@ COLUMNS = ("time/lora", "peak/lora", "time/peft", "peak/peft")
 
 
 def main() -> None:
-    found = json.loads(RESULT.read_text(encoding="utf-8"))
     text = DOCUMENT.read_text(encoding="utf-8")
     before, rest = text.split(MARKS[0])
     _, after = rest.split(MARKS[1])
-    made = before + MARKS[0] + table(found) + MARKS[1] + after
-    DOCUMENT.write_text(made, encoding="utf-8")
+    DOCUMENT.write_text(before + section() + after, encoding="utf-8")
+
+
+def section() -> str:
+    """What stands between the marks, with them; nothing without results."""
+    held = table(json.loads(RESULT.read_text(encoding="utf-8"))) if RESULT.exists() else ""
+    return MARKS[0] + held + MARKS[1]
 
 
 def table(found: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastadapt.adapter import Adapter
-from fastadapt.base import Base
+from fastadapt.base import Base, Stacked
 from fastadapt.ops.precision import compute_dtype
 from fastadapt.ops.reweight import reweight
 
@@ -50,11 +50,18 @@ class DenseAdapter(Adapter):
         """U applied to the dropped x, in ``dtype``."""
         x = base.drop(x, self.rate(self.dropout) if self.dropout else 0.0)
         work = compute_dtype(x) if x.is_floating_point() else dtype
+        if len(base.shape) == 2 and not base.indexed and not self._leans(base):
+            update = reweight(x.to(work), None, lambda: self.update_of(base), self._trained)
+            return update.to(dtype)
 
         def extra(t: Tensor) -> Tensor:
             return base.apply(t, self.update_of(base).to(work))
 
         return again(extra, x.to(work) if x.is_floating_point() else x).to(dtype)
+
+    def _leans(self, base: Base) -> bool:
+        """U is made of what adapters below have learnt, and has a gradient for them."""
+        return isinstance(base, Stacked)
 
     def _wide(self, w: Tensor) -> Tensor:
         return w.to(torch.promote_types(w.dtype, self._trained()[0].dtype))
@@ -81,6 +88,9 @@ class DenseDelta(DenseAdapter):
 
     def update_of(self, base: Base) -> Tensor:
         return self.delta(base.shape)
+
+    def _leans(self, base: Base) -> bool:
+        return False
 
 
 def again(function: Any, x: Tensor) -> Tensor:

@@ -29,15 +29,16 @@ Parameters = Callable[[], Sequence[Tensor]]
 
 
 def reweight(
-    x: Tensor, read: Read, update: Read, parameters: Parameters, bias: Tensor | None = None
+    x: Tensor, read: Read | None, update: Read, parameters: Parameters, bias: Tensor | None = None
 ) -> Tensor:
-    """read() -> W, a constant; update() -> U; parameters() -> the tensors that ``update`` reads and
-    that may need a gradient, asked for anew in backward since wrappers of the model replace them.
-    The result is in the dtype that a product with x is asked for."""
+    """read() -> W, a constant; None for x U^T alone. update() -> U. parameters() -> the tensors
+    that ``update`` reads and that may need a gradient, asked for anew in backward since wrappers of
+    the model replace them. The result is in the dtype that a product with x is asked for."""
     out = compute_dtype(x)
     if torch.compiler.is_compiling():
         # the compiler decides itself what is made again
-        y: Tensor = F.linear(x.to(out), read().to(out)) + F.linear(x.to(out), update().to(out))
+        y: Tensor = F.linear(x.to(out), update().to(out))
+        y = y if read is None else F.linear(x.to(out), read().to(out)) + y
         return y if bias is None else y + bias.to(out)
     args = (x, bias, read, update, parameters, out, *parameters())
     return ReweightFunction.apply(*args)  # type: ignore[no-untyped-call,no-any-return]
@@ -46,7 +47,7 @@ def reweight(
 class ReweightFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, read: Read, update: Read,
+        ctx: Any, x: Tensor, bias: Tensor | None, read: Read | None, update: Read,
         parameters: Parameters, out: torch.dtype, *_: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x)
@@ -54,8 +55,13 @@ class ReweightFunction(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         with torch.autocast(x.device.type, enabled=False):
             low = product_dtype(out, x.device)
-            rows, w, u = x.to(low).reshape(-1, x.shape[-1]), read().to(low), update().to(low)
-            y = (rows @ u.t()).addmm_(rows, w.t()) if low in HALVES else rows @ (w + u).t()
+            rows, u = x.to(low).reshape(-1, x.shape[-1]), update().to(low)
+            if read is None:
+                y = rows @ u.t()
+            elif low in HALVES:
+                y = (rows @ u.t()).addmm_(rows, read().to(low).t())
+            else:
+                y = rows @ (read().to(low) + u).t()
             if bias is not None:
                 y += bias.to(low)
             return unviewed(y.to(out), (*x.shape[:-1], y.shape[-1]))
@@ -75,10 +81,9 @@ class ReweightFunction(torch.autograd.Function):
                 u = ctx.update()
             rows = g.to(low).reshape(-1, g.shape[-1])
             if need_x:
-                w = ctx.read()
-                w = (w + u.detach().to(torch.promote_types(w.dtype, u.dtype))).to(low)
-                dx = (rows @ w).to(x.dtype).view(x.shape)
-                del w
+                total = u.detach() if ctx.read is None else ctx.read() + u.detach()
+                dx = (rows @ total.to(low)).to(x.dtype).view(x.shape)
+                del total
             if wanted:
                 du = rows.t() @ x.to(low).reshape(-1, x.shape[-1])
                 found = torch.autograd.grad(u, wanted, du.to(u.dtype), allow_unused=True)
