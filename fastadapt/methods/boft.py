@@ -26,6 +26,7 @@ from fastadapt.base import Base
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError, UnsupportedError
 from fastadapt.methods import fields
+from fastadapt.methods.dense import again
 from fastadapt.methods.oft import BlockDropout
 from fastadapt.ops.rotate import cayley, rotate
 
@@ -110,8 +111,12 @@ class BOFT(Adapter):
             return super().forward(x, base)
         d = self._dropped(self._blocks())
         factors, _, size, _ = d.shape
-        wide = size << factors - 1 > _WIDEST
-        y = base(_butterfly(x, d) if wide else rotate(x, _product(d)))
+        if size << factors - 1 > _WIDEST:
+            turned = _butterfly(x, d)
+        else:
+            # the factors' product is small to make, and its parts are not small to keep
+            turned = rotate(x, d[0] if factors == 1 else again(_product, d))
+        y = base(turned)
         # s - 1 is exact in half precision where s would be rounded to 1
         more = base.channels(self["boft_s"].flatten() - 1).to(y.dtype)
         if base.bias is None:
