@@ -89,6 +89,12 @@ class Adapter:
         raise UnsupportedError(f"ensure_weight_tying: {cls.name} adapters cannot be shared")
 
     @classmethod
+    def inside(cls, config: Any) -> tuple[type[Adapter], type[Adapter]]:
+        """The classes that serve the input and the output projection of nn.MultiheadAttention,
+        which multiplies by both itself."""
+        raise UnsupportedError(f"{cls.name} does not adapt nn.MultiheadAttention; LoRA does")
+
+    @classmethod
     def of_parameter(cls, config: Any) -> type[Adapter]:
         """The class that serves one parameter of a module (``target_parameters``)."""
         raise UnsupportedError(f"target_parameters: {cls.name} adapts layers, not parameters")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadapt import constants, targets, tying
+from fastadapt import attention, constants, targets, tying
 from fastadapt.adapter import Adapter, Part
 from fastadapt.base import FrozenLayer, hold_weights
 from fastadapt.config import AdapterConfig, TaskType
@@ -32,8 +32,9 @@ from fastadapt.kinds import kind_of
 from fastadapt.layer import AdaptedLayer
 from fastadapt.methods import method_of
 from fastadapt.modules_to_save import ModulesToSaveWrapper
-from fastadapt.parameter import AdaptedParameter, FrozenParameter, Place, places
+from fastadapt.parameter import AdaptedParameter, FrozenParameter, Place, innermost, places
 
+_ATTENTION = nn.MultiheadAttention
 _HEADS = {
     TaskType.SEQ_CLS: ["classifier", "score"],
     TaskType.TOKEN_CLS: ["classifier", "score"],
@@ -53,7 +54,8 @@ class Plan:
     config: with targets resolved; adapters: path -> adapter, in the model's order;
     saved: paths of the modules that are trained whole; parameters: those of ``adapters`` that
     adapt one parameter of a module; paths are those once all of it is there (see ``after``);
-    ties: which of them share what the input embedding gets.
+    ties: which of them share what the input embedding gets; heads: those of ``parameters`` that
+    are of an ``nn.MultiheadAttention``.
     """
 
     config: AdapterConfig
@@ -61,10 +63,11 @@ class Plan:
     saved: list[str]
     parameters: dict[str, Place] = field(default_factory=dict)
     ties: tying.Ties = field(default_factory=tying.Ties)
+    heads: set[str] = field(default_factory=set)
 
     def after(self, path: str) -> str:
         """The path of a module once the planned wrappers of parameters are there."""
-        if path in self.parameters:
+        if path in self.parameters or path in {f"{p}.{attention.OUT}" for p in self.heads}:
             return path
         for place in self.parameters.values():
             if place.layer is None and path.startswith(f"{place.module}."):
@@ -88,20 +91,28 @@ def plan(
     found = places(model, wanted, chosen) if wanted else []
     _report(config, modules, chosen, found, allow_unmatched)
     _refuse_fused(targets.model_type(model), config, chosen)
-    bases = {p: _base(p, modules[p]) for p in chosen}
+    heads = {p: modules[p] for p in chosen if isinstance(innermost(modules[p]), _ATTENTION)}
+    others = [p for p in chosen if p not in heads and not _inside(p, modules, heads)]
+    bases = {p: _base(p, modules[p]) for p in others}
     _refuse_norms(method, bases)
     with targets.time_limit():
-        own = {p: config.at(p) for p in bases}
+        own = {p: config.at(p) for p in chosen if p in bases or p in heads}
         own |= {place.path: config.at(place.name) for place in found}
     device = torch.device("meta") if meta else torch.device("cpu")
     with device:
         shared = method.shared(config, dict(bases))
-        adapters = {p: method(own[p], base, shared) for p, base in bases.items()}
-        parameters = {place.path: place for place in found}
-        for path, place in parameters.items():
+        adapters: dict[str, Adapter] = {}
+        for path in own:
+            if path in heads:
+                adapters.update(attention.plan(method, own[path], path, modules[path]))
+            elif path in bases:
+                adapters[path] = method(own[path], bases[path], shared)
+        for place in found:
             layer = model.get_submodule(place.module)
             held = place.layer.frozen if place.layer else FrozenParameter(layer, place.key)
-            adapters[path] = method.of_parameter(config)(own[path], held)
+            adapters[place.path] = method.of_parameter(config)(own[place.path], held)
+        parameters = {p: attention.place(p, m) for p, m in heads.items()}
+        parameters.update({place.path: place for place in found})
         for path in ties.targets if ties.source in adapters else ():
             held = _base(path, modules[path])
             adapters[path] = method.tied(own[ties.source], held, adapters[ties.source])
@@ -127,7 +138,7 @@ def plan(
     saved += ties.saved if ties.source in saved else ()
     for path in saved:
         _refuse_whole(path, modules[path])
-    return Plan(config, adapters, saved, parameters, ties)
+    return Plan(config, adapters, saved, parameters, ties, set(heads))
 
 
 def attach(model: nn.Module, made: Plan, name: str, *, autocast_adapter_dtype: bool = True) -> None:
@@ -147,8 +158,9 @@ def attach(model: nn.Module, made: Plan, name: str, *, autocast_adapter_dtype: b
         if place is None:
             layer = layers.get(path) or _replace(model, path, AdaptedLayer)
         else:
+            wrapper = attention.AdaptedAttention if path in made.heads else AdaptedParameter
             layer = place.layer or _replace(
-                model, place.module, partial(AdaptedParameter, parameter_name=place.key)
+                model, place.module, partial(wrapper, parameter_name=place.key)
             )
         widen = autocast_adapter_dtype and not adapter.keeps_dtype
         _place(adapter, layer.frozen, widen, placed)
@@ -193,6 +205,21 @@ def adapters_of(model: nn.Module, name: str) -> dict[str, Adapter]:
     """path -> the adapter of this name there."""
     layers = ((p, m) for p, m in adapted(model) if isinstance(m, AdaptedLayer))
     return {p: m.adapters[name] for p, m in layers if name in m.adapters}
+
+
+def _inside(path: str, modules: dict[str, Any], heads: dict[str, Any]) -> bool:
+    """The path is of attention's out_proj, which its attention brings along. Warns for one whose
+    attention is not targeted: nobody calls it."""
+    outer, _, name = path.rpartition(".")
+    outer = outer.removesuffix(".base_layer")
+    if name != "out_proj" or not isinstance(innermost(modules.get(outer)), _ATTENTION):
+        return False
+    if outer not in heads:
+        warnings.warn(
+            f"{path} is targeted, whose forward nn.MultiheadAttention never calls: an adapter "
+            f"there has no effect; target {outer} instead", FastAdaptWarning, stacklevel=5,
+        )  # fmt: skip
+    return outer in heads
 
 
 def all_linear(model: nn.Module) -> set[str]:

@@ -40,25 +40,25 @@ class FrozenParameter(FrozenLayer):
     def why_not_fused(self) -> str | None:
         return f"the module uses its parameter {self.key} itself"
 
-    @contextmanager
-    def holding(self, w: Tensor) -> Iterator[None]:
-        """The module sees ``w``, oriented as it stores the parameter, inside."""
-        layer, key = self.layer, self.key
-        chains: Any = getattr(layer, "parametrizations", {})
-        if key in chains:
-            steps = chains[key]
-            steps.append(_Constant(w))
-            try:
-                yield
-            finally:
-                del steps[len(steps) - 1]
-            return
-        own: dict[str, Any] = layer._parameters
-        before, own[key] = own[key], w
+
+@contextmanager
+def holding(layer: nn.Module, key: str, w: Tensor) -> Iterator[None]:
+    """Inside, the module's own parameter ``key`` is ``w``, oriented as the module has it."""
+    chains: Any = getattr(layer, "parametrizations", {})
+    if key in chains:
+        steps = chains[key]
+        steps.append(_Constant(w))
         try:
             yield
         finally:
-            own[key] = before
+            del steps[len(steps) - 1]
+        return
+    own: dict[str, Any] = layer._parameters
+    before, own[key] = own[key], w
+    try:
+        yield
+    finally:
+        own[key] = before
 
 
 class AdaptedParameter(AdaptedLayer):
@@ -85,7 +85,7 @@ class AdaptedParameter(AdaptedLayer):
         shape = self.frozen.shape
         return shape[0] if len(shape) == 3 else 1
 
-    def get_base_layer(self) -> nn.Module:
+    def get_base_layer(self) -> Any:
         return innermost(self.base_layer)
 
     def get_param(self) -> Tensor:
@@ -106,7 +106,7 @@ class AdaptedParameter(AdaptedLayer):
             return self.base_layer(*args, **kwargs)
         frozen: Any = self.frozen
         w = narrowed(self._under(adapters, (), None).read()[0], frozen.weight.value.dtype)
-        with frozen.holding(frozen.orient(w)):
+        with holding(frozen.layer, frozen.key, frozen.orient(w)):
             return self.base_layer(*args, **kwargs)
 
     def _get_name(self) -> str:
@@ -179,7 +179,7 @@ def wrappers(path: str, module: nn.Module) -> dict[str, tuple[str, AdaptedParame
     return dict(reversed(found.items()))
 
 
-def innermost(module: nn.Module) -> nn.Module:
+def innermost(module: Any) -> Any:
     """The model's own module under adapted layers."""
     while isinstance(module, AdaptedLayer):
         module = module.base_layer

@@ -159,12 +159,11 @@ def _biases(
         if isinstance(module, ModulesToSaveWrapper):
             continue
         bias = getattr(innermost(module), "bias", None)
-        if not isinstance(bias, nn.Parameter) or (mode != "all" and path not in only):
+        at = path if made is None else made.after(f"{path}.")[:-1]
+        if not isinstance(bias, nn.Parameter) or (mode != "all" and not {path, at} & only):
             continue
-        at = path
-        if made is not None:
-            at = made.after(f"{path}.")[:-1]
-            if depth(module) == 0 and path in made.adapters and path not in made.parameters:
-                at += ".base_layer"
+        planned = made is not None and {path, at} & made.adapters.keys() - made.parameters.keys()
+        if planned and depth(module) == 0:
+            at += ".base_layer"
         at += ".base_layer" * depth(module)
         yield PREFIX + f"{at}.bias", Slot(f"{at}.bias", bias)

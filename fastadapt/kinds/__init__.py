@@ -11,9 +11,9 @@ from fastadapt.kinds.embedding import Embedding
 from fastadapt.kinds.kind import Kind
 from fastadapt.kinds.linear import Linear
 from fastadapt.kinds.norm import Norm
-from fastadapt.kinds.parameter import Parameter
+from fastadapt.kinds.parameter import Attention, Parameter
 
-__all__ = ["KINDS", "Kind", "Parameter", "kind_of"]
+__all__ = ["KINDS", "Attention", "Kind", "Parameter", "kind_of"]
 
 KINDS: tuple[type[Kind], ...] = (Linear, Conv1dGpt2, Embedding, Conv, Norm)
 

@@ -52,3 +52,9 @@ class Parameter(Kind):
         *experts, n, k = self.shape
         rows = r * (experts[0] if experts else 1)
         return nn.Linear(k, rows, bias=False), nn.Linear(rows, n, bias=bias)
+
+
+class Attention(Parameter):
+    """The input projection of nn.MultiheadAttention: W is (3 dim, dim)."""
+
+    name = "attention"

@@ -70,6 +70,12 @@ class Lora(DeltaAdapter):
         return TiedLora(config, base, source)
 
     @classmethod
+    def inside(cls, config: LoraConfig) -> tuple[type[Adapter], type[Adapter]]:
+        from fastadapt.methods.lora_stack import LoraInside, LoraOutput
+
+        return LoraInside, LoraOutput
+
+    @classmethod
     def of_parameter(cls, config: LoraConfig) -> type[Adapter]:
         from fastadapt.methods.lora_stack import LoraStack
 

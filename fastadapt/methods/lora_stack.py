@@ -26,7 +26,7 @@ _ANY_SHAPE = ("true", "false", "gaussian", "eva")
 class LoraStack(Lora):
     def build(self, base: Base, shared: Any) -> None:
         config: LoraConfig = self.config
-        refuse_fields(config)
+        self.check(config)
         self.experts = base.shape[0] if len(base.shape) == 3 else 1
         start = str(config.init_lora_weights).lower()
         if len(base.shape) == 3 and start not in _ANY_SHAPE:
@@ -35,6 +35,10 @@ class LoraStack(Lora):
                 "matrices: it starts from one matrix; use True, False or 'gaussian'"
             )
         super().build(base, shared)
+
+    def check(self, config: LoraConfig) -> None:
+        """Raise ConfigError for fields that cannot be on it."""
+        refuse_fields(config)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A: (experts, r, in), B: (experts, out, r)."""
@@ -60,6 +64,21 @@ class LoraStack(Lora):
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         raise UnsupportedError("a parameter is not called: its module reads the merged weight")
+
+
+class LoraInside(LoraStack):
+    """On a weight of a layer that multiplies by it itself; the layer has checked the fields."""
+
+    def check(self, config: LoraConfig) -> None:
+        return
+
+
+class LoraOutput(Lora):
+    """W' = W + 2 s B A, on attention's output projection: PEFT 0.21 merges that update twice, and
+    what its files hold was trained so. The gradient is that of this W'; PEFT's is half of it."""
+
+    def delta(self) -> Tensor:
+        return 2 * super().delta()
 
 
 def refuse_fields(config: LoraConfig) -> None:

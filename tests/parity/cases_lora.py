@@ -43,6 +43,10 @@ CASES: dict[str, dict[str, Any]] = {
         rank_pattern={"down": 3}, use_rslora=True,
         skip={"merge": "PEFT leaves the adapters of layers inside of such a module there"},
     ),
+    "mha": case(
+        "attention", target_modules=["mha", "head"], use_rslora=True,
+        skip={"steps": "PEFT applies out_proj's update twice and differentiates it once"},
+    ),
     "velora": case(**ALL, velora_config={"num_groups": 16}),
     "velora-random": case(**ATTENTION, velora_config=RANDOM, skip={"steps": "e is a buffer there"}),
 }  # fmt: skip

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models of the method cases: those of ``tiny``, a net of convolutions, one of experts."""
+"""The models of the method cases: those of ``tiny``, nets of convolutions, experts
+and attention."""
 
 from __future__ import annotations
 
@@ -69,7 +70,30 @@ class ExpertNet(nn.Module):
         return y
 
 
-NETS: dict[str, type[nn.Module]] = {"conv": ConvNet, "experts": ExpertNet}
+class AttentionNet(nn.Module):
+    """x: (rows, 5, 8) through nn.MultiheadAttention, alone and in an encoder layer -> (rows, 6)."""
+
+    inputs = (3, 5, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(8, 2)
+        nn.init.normal_(self.mha.out_proj.bias)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.transpose(0, 1)
+        h = self.mha(h, h, h, need_weights=False)[0].transpose(0, 1) + x
+        y: Tensor = self.head(self.encoder(h).mean(1))
+        return y
+
+
+NETS: dict[str, type[nn.Module]] = {
+    "conv": ConvNet,
+    "experts": ExpertNet,
+    "attention": AttentionNet,
+}
 """Kinds that are no model of transformers."""
 
 
