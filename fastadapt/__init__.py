@@ -65,7 +65,8 @@ _NAMES = {
     "fastadapt.unbuilt": (
         "PromptLearningConfig PromptTuningConfig MultitaskPromptTuningConfig PromptEncoderConfig "
         "PrefixTuningConfig CartridgeConfig CPTConfig AdaptionPromptConfig PolyConfig ShadowConfig "
-        "XLoraConfig PromptTuningInit MultitaskPromptTuningInit PromptEncoderReparameterizationType"
+        "XLoraConfig PromptTuningInit MultitaskPromptTuningInit "
+        "PromptEncoderReparameterizationType ArrowConfig"
     ),
     "fastadapt.optimizers": (
         "create_loraplus_optimizer create_lorafa_optimizer create_riemannian_optimizer"

@@ -33,6 +33,7 @@ from fastadapt.layer import AdaptedLayer
 from fastadapt.methods import method_of
 from fastadapt.modules_to_save import ModulesToSaveWrapper
 from fastadapt.parameter import AdaptedParameter, FrozenParameter, Place, innermost, places
+from fastadapt.replication import Replication, replicated
 
 _ATTENTION = nn.MultiheadAttention
 _HEADS = {
@@ -55,7 +56,7 @@ class Plan:
     saved: paths of the modules that are trained whole; parameters: those of ``adapters`` that
     adapt one parameter of a module; paths are those once all of it is there (see ``after``);
     ties: which of them share what the input embedding gets; heads: those of ``parameters`` that
-    are of an ``nn.MultiheadAttention``.
+    are of an ``nn.MultiheadAttention``; layers: in the place of the model's.
     """
 
     config: AdapterConfig
@@ -64,6 +65,7 @@ class Plan:
     parameters: dict[str, Place] = field(default_factory=dict)
     ties: tying.Ties = field(default_factory=tying.Ties)
     heads: set[str] = field(default_factory=set)
+    layers: Replication | None = None
 
     def after(self, path: str) -> str:
         """The path of a module once the planned wrappers of parameters are there."""
@@ -82,6 +84,20 @@ def plan(
 
     Raises TargetError (nothing matched; a name without a match unless ``allow_unmatched``, which
     warns) and UnsupportedError (a target that cannot be adapted)."""
+    ranges = getattr(config, "layer_replication", None)
+    if not ranges:
+        return _plan(model, config, allow_unmatched, meta)
+    held = [a.config for _, m in adapted(model) if isinstance(m, AdaptedLayer)
+            for a in m.adapters.values()]  # fmt: skip
+    others = [getattr(c, "layer_replication", None) for c in held]
+    made = replicated(model, ranges, others, any(True for _ in adapted(model)))
+    if made is None:
+        return _plan(model, config, allow_unmatched, meta)
+    with made.shown():
+        return dataclasses.replace(_plan(model, config, allow_unmatched, meta), layers=made)
+
+
+def _plan(model: nn.Module, config: AdapterConfig, allow_unmatched: bool, meta: bool) -> Plan:
     method = method_of(config.peft_type).variant(config)
     config, ties = tying.resolve(model, config)
     config = _resolved(model, config)
@@ -144,6 +160,8 @@ def plan(
 def attach(model: nn.Module, made: Plan, name: str, *, autocast_adapter_dtype: bool = True) -> None:
     """Insert the planned adapters under ``name``; the first adapter of a model becomes active and
     the rest of the model is frozen."""
+    if made.layers is not None:
+        made.layers.install()
     layers = dict(adapted(model))
     if any(_holds(layers[p], name) for p in (*made.adapters, *made.saved) if p in layers):
         raise LifecycleError(f"Adapter with name {name} already exists.")

@@ -7,6 +7,7 @@ PEFT's rule: ``base_model.model.<path of the module>.<part>[.<leaf>]``, without 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -41,6 +42,11 @@ class Slot(NamedTuple):
 
 def planned(root: nn.Module, made: inject.Plan) -> dict[str, Slot]:
     """The keys that a planned adapter will have; live keys are those after it is attached."""
+    with nullcontext() if made.layers is None else made.layers.shown():
+        return _planned(root, made)
+
+
+def _planned(root: nn.Module, made: inject.Plan) -> dict[str, Slot]:
     found: dict[str, Slot] = {}
     for path, adapter in made.adapters.items():
         for part, module in adapter.parts.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastadapt.config import PeftConfig, PeftType, TaskType
@@ -293,3 +293,24 @@ class XLoraConfig(_Typed):
             said.append("`top_k_lora` value must be at least 1.")
         for text in said:
             warnings.warn(text, FastAdaptWarning, stacklevel=3)
+
+
+@dataclass
+class ArrowConfig:
+    """Arrow routes tokens among LoRA adapters (arXiv 2405.11157), and GenKnowSub takes general
+    knowledge out of them first (aclanthology.org/2025.acl-short.54).
+
+    top_k: adapters a token; router_temperature: of the softmax over them; use_gks: GenKnowSub."""
+
+    top_k: int = 3
+    router_temperature: float = 1.0
+    use_gks: bool = False
+    task_adapter_names: list[str] | None = field(default=None, init=False)
+    gks_adapter_names: list[str] | None = field(default=None, init=False)
+    rng_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.top_k <= 0:
+            raise ConfigError("top_k cannot be negative.")
+        if self.router_temperature <= 0:
+            raise ConfigError("router_temperature must be greater than 0.")

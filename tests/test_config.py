@@ -28,7 +28,6 @@ CONFIG = "adapter_config.json"
 
 USED = {
     "megatron_config": {"tensor_model_parallel_size": 1},
-    "layer_replication": [(0, 1), (0, 2)],
     "arrow_config": {"top_k": 1},
 }
 """A value that turns each field on whose behaviour is not built yet."""

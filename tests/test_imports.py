@@ -36,7 +36,8 @@ MODEL = ["layer", "inject", "model", "modules_to_save", "adapter_file", "checkpo
 MODEL += ["slots", "fingerprint", "targets", "weighted", "explain", "kbit", "reference"]
 MODEL += ["penalties", "eva", "plain_lora", "dialects", "dialect_paths", "tensor_files"]
 MODEL += ["dialect_writers", "constants", "freezing", "hollow", "merge", "rows", "values"]
-MODEL += ["parameter", "layer_class", "invocation", "recompute", "attention", "tying"]
+MODEL += ["parameter", "layer_class", "invocation", "recompute", "attention", "replication"]
+MODEL += ["tying"]
 CORE = Room(
     " ".join(["base adapter combine config files inits kinds methods ops", *MODEL]),
     lazy="safetensors huggingface_hub transformers peft rich tqdm",

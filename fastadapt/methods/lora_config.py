@@ -23,6 +23,7 @@ SUBCONFIGS = {
     "monteclora_config": "methods.monteclora:MontecloraConfig",
     "kasa_config": "methods.kasa:KasaConfig",
     "use_bdlora": "methods.bdlora:BdLoraConfig",
+    "arrow_config": "methods.unbuilt:ArrowConfig",
     "eva_config": "inits.eva:EvaConfig",
     "corda_config": "inits.corda:CordaConfig",
     "lora_ga_config": "inits.lora_ga:LoraGAConfig",
@@ -41,8 +42,10 @@ VARIANTS = {
 """Field that asks for it -> module of methods : class."""
 
 _NOT_BUILT = (
-    "megatron_config", "layer_replication", "arrow_config",
+    "megatron_config", "arrow_config",
 )  # fmt: skip
+
+_LORA_ONLY = ("target_parameters", "ensure_weight_tying", "layer_replication")
 
 _OF_INIT = {"eva": "eva_config", "corda": "corda_config", "lora_ga": "lora_ga_config"}
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
@@ -102,7 +105,7 @@ class LoraConfig(AdapterConfig):
     use_qalora: bool = False
     qalora_group_size: int = 16
     monteclora_config: Any = None
-    layer_replication: list[tuple[int, int]] | None = None
+    layer_replication: list[list[int]] | None = None
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
     target_parameters: list[str] | None = None
@@ -220,7 +223,7 @@ class LoraConfig(AdapterConfig):
     def check_plain(self) -> None:
         """For methods with LoRA's fields and a form of their own: no variant and no other start."""
         self.check_built()
-        for name in (*VARIANTS, "target_parameters", "ensure_weight_tying"):
+        for name in (*VARIANTS, *_LORA_ONLY):
             self._refuse(name)
         if self.init_lora_weights not in (True, False):
             raise UnsupportedError(
