@@ -84,6 +84,17 @@ def test_two_adapters_and_their_files(tmp_path: Path) -> None:
     assert state.keys() == base.keys()
 
 
+@pytest.mark.parametrize("how", ["svd", "cat"])
+def test_a_combination_is_the_sum_of_both_updates(how: str) -> None:
+    model = adapted()
+    model.add_adapter("other", LoraConfig(target_modules=BOTH, r=2, init_lora_weights=False))
+    model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "sum", how, svd_rank=4)
+    for path in (*BOTH, *(f"{path}.base_layer.out_proj" for path in BOTH)):
+        layer = model.base_model.model.get_submodule(path)
+        one, two, both = (layer.get_delta_weight(n) for n in ("default", "other", "sum"))
+        torch.testing.assert_close(both, 0.5 * one + 2 * two, rtol=1e-4, atol=1e-5)
+
+
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="MultiheadAttention does not support use_dora"):
         adapted(use_dora=True)

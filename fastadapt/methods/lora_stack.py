@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadapt.adapter import Adapter
 from fastadapt.base import Base
+from fastadapt.combine import Recipe
 from fastadapt.errors import ConfigError, UnsupportedError
 from fastadapt.methods.lora import Lora
 from fastadapt.methods.lora_config import VARIANTS, LoraConfig
@@ -79,6 +81,16 @@ class LoraOutput(Lora):
 
     def delta(self) -> Tensor:
         return 2 * super().delta()
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        return Adapter.forward(self, x, base)
+
+    def combine(self, sources: list[tuple[Adapter, float]], recipe: Recipe, base: Base) -> None:
+        super().combine(sources, recipe, base)
+        if recipe.svd:
+            # it was made from updates that count twice already
+            with torch.no_grad():
+                self.pair()[1].mul_(0.5)
 
 
 def refuse_fields(config: LoraConfig) -> None:

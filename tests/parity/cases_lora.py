@@ -48,5 +48,12 @@ CASES: dict[str, dict[str, Any]] = {
         skip={"steps": "PEFT applies out_proj's update twice and differentiates it once"},
     ),
     "velora": case(**ALL, velora_config={"num_groups": 16}),
+    "monteclora": case(
+        **ATTENTION, monteclora_config={},
+        skip={
+            "start": "the samplers' start values are drawn in another order",
+            "steps": "the noise of each step is drawn in another order",
+        },
+    ),
     "velora-random": case(**ATTENTION, velora_config=RANDOM, skip={"steps": "e is a buffer there"}),
 }  # fmt: skip
