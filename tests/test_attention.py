@@ -53,6 +53,19 @@ def test_an_encoder_layer_does_not_pass_the_adapters_by() -> None:
         torch.testing.assert_close(outputs(model), base, rtol=1e-5, atol=1e-6)
 
 
+def test_the_start_is_pefts() -> None:
+    peft = pytest.importorskip("peft")
+    held = []
+    for library in (peft, fastadapt):
+        base = models.make("attention")
+        torch.manual_seed(1)
+        model = library.get_peft_model(base, library.LoraConfig(target_modules=[*BOTH, "head"]))
+        held.append({k: p for k, p in model.named_parameters() if p.requires_grad})
+    theirs, ours = held
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[k], p) for k, p in theirs.items())
+
+
 def test_merging_keeps_the_outputs_and_unmerging_the_bits() -> None:
     model = adapted()
     before = {k: p.clone() for k, p in model.state_dict().items()}
