@@ -218,7 +218,7 @@ def arguments() -> Any:
     parser.add_argument("--quick", action="store_true", help="two small layers, one round")
     parser.add_argument("--shapes", choices=SHAPES)
     parser.add_argument("--methods", nargs="*", choices=ROWS, metavar="METHOD")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--length", type=int)
     parser.add_argument("--out", type=Path)
