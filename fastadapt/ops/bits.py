@@ -94,6 +94,13 @@ def why_not_whole(bits: Nf4) -> str | None:
     return None
 
 
+def whole_blocks(blocksize: int, nested_blocksize: int, k: int) -> bool:
+    """Whether every 64 columns of a row have one scale, and scales are found by shifts: what the
+    AVX-512 kernels ask. ``nested_blocksize`` is 0 where there are no nested ones."""
+    powers = not (blocksize & (blocksize - 1) or nested_blocksize & (nested_blocksize - 1))
+    return powers and blocksize >= 64 and k % blocksize == 0
+
+
 FLAT_TENSORS = 6
 """How many of the flat fields are tensors (or None)."""
 

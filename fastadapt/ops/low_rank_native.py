@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastadapt.ops import native
-from fastadapt.ops.bits import FLAT_TENSORS
+from fastadapt.ops.bits import FLAT_TENSORS, whole_blocks
 from fastadapt.ops.dispatch import forced
 
 
@@ -42,8 +42,7 @@ def why_not_one_call(
         return None if 1 in (stride[0], stride[1]) else "W is contiguous in no dimension"
     if rounded is not compute and rounded is not torch.float32:
         return f"W is rounded to {rounded}"
-    whole = blocksize >= 64 and not blocksize & (blocksize - 1) and k % blocksize == 0
-    if not whole or (nested is not None and nested_blocksize & (nested_blocksize - 1)):
+    if not whole_blocks(blocksize, nested_blocksize if nested is not None else 0, k):
         return f"blocks of {blocksize} that are no power of two, or do not divide k={k}"
     return None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastadapt.ops import native, scratch
-from fastadapt.ops.bits import Bits, Dense, Nf4
+from fastadapt.ops.bits import Bits, Dense, Nf4, whole_blocks
 from fastadapt.ops.dropout import dropout_native, dropout_reference
 from fastadapt.ops.nf4 import nf4_dequant_into, nf4_dequant_reference
 from fastadapt.ops.precision import HALVES, product_dtype
@@ -102,14 +102,10 @@ def _decode_native(bits: Bits, compute: torch.dtype, math: torch.dtype) -> Tenso
 
 FEW_TOKENS = 32
 """Up to here decoding row by row into cache wins over decoding to memory and calling a GEMM, in
-fp32. 4096 x 4096, 2 cores, ms a product: with AVX-512 2.0 against 9.7 at 1 token, 7.4 against 17 at
-16, 13.6 against 20.9 at 32, 29 against 26 at 64; with AVX2 alone 3.5 against 32, 42 against 79 at
-16, 112 against 117 at 32."""
-
-FEW_HALVES = 64
-"""The same in bf16 with AVX-512 BF16, x W^T / x W: 0.9 against 2.3 / 1.1 against 6.3 at 1 token,
-3.4 against 4.6 / 5.5 against 8.5 at 32, 6.2 against 7.0 / 8.6 against 10.7 at 64, 12.1 against 11.9
-/ 14.7 against 16.8 at 128."""
+fp32. 4096 x 4096, 2 cores with AVX2, ms a product: 3.5 against 32 at 1 token, 42 against 79 at 16,
+112 against 117 at 32. With AVX-512 it wins at any number, the GEMM without a decode even: in fp32
+6.6 against 14 at 32, 83 against 104 at 512; in bf16 (AVX-512 BF16) 3.5 against 4.1 and 39.5 against
+42."""
 
 
 def _native_product(
@@ -118,17 +114,14 @@ def _native_product(
     if not isinstance(bits, Nf4) or bits.dtype not in (compute, torch.float32):
         return _native_decoded(y, x, bits, compute, transposed)
     whole = compute != torch.float64 and bits.blocksize % 32 == 0 and bits.k % bits.blocksize == 0
-    asked = bits._replace(dtype=compute)
-    if (
-        whole
-        and 0 < x.shape[0] <= FEW_HALVES
-        and bits.blocksize % 64 == 0
-        and compute == y.dtype == product_dtype(torch.bfloat16, x.device) == torch.bfloat16
-    ):
+    asked, isa = bits._replace(dtype=compute), native.isa()
+    wide = whole and whole_blocks(bits.blocksize, bits.nested_blocksize, bits.k)
+    if wide and isa >= native.AVX512_BF16 and compute == y.dtype == torch.bfloat16:
         total = y.contiguous()
         native.nf4_product_(total, x.to(compute).contiguous(), *asked, transposed)
         return total
-    if whole and 0 < x.shape[0] <= FEW_TOKENS:
+    any_number = wide and isa >= native.AVX512 and product_dtype(compute, x.device) == torch.float32
+    if whole and (0 < x.shape[0] <= FEW_TOKENS or any_number):
         total = y.new_zeros(y.shape, dtype=torch.float32)
         native.nf4_product_(total, x.float().contiguous(), *asked, transposed)
         return total.add_(y).to(y.dtype)
