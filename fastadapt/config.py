@@ -7,7 +7,6 @@ Real ``peft`` config objects are accepted wherever a config is, and given back b
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import json
 import os
@@ -29,6 +28,7 @@ from fastadapt.errors import (
     NoConfigError,
 )
 from fastadapt.files import fetch, write_atomic
+from fastadapt.problems import Checked, near, note
 from fastadapt.targets import DEFAULT_TARGETS, default_targets
 
 CONFIG_NAME = "adapter_config.json"
@@ -68,7 +68,7 @@ PeftType = enum.Enum(  # type: ignore[misc]
 
 
 @dataclass
-class PeftConfig:
+class PeftConfig(metaclass=Checked):
     """What every configuration has.
 
     task_type: one of ``TaskType``; base_model_name_or_path: filled in from the model when None;
@@ -91,11 +91,16 @@ class PeftConfig:
             if missing or (value is not None and not _fits(value, hint)):
                 expected = hint.__name__ if isinstance(hint, type) else hint
                 expected = "an integer" if missing and hint is int else expected
-                raise ConfigError(f"{name}: expected {expected}, got {reprlib.repr(value)}")
+                text = f"{name}: expected {expected}, got {reprlib.repr(value)}"
+                note(self, ConfigError(text))
         if self.task_type is not None and self.task_type not in [t.value for t in TaskType]:
-            raise ConfigError(
-                f"Invalid task type: {self.task_type!r}. Must be one of the following task types: "
-                f"{', '.join(t.value for t in TaskType)}."
+            allowed = ", ".join(t.value for t in TaskType)
+            note(
+                self,
+                ConfigError(
+                    f"Invalid task type: {self.task_type!r}. Must be one of the following task "
+                    f"types: {allowed}."
+                ),
             )
         if self.peft_version is None:
             self.peft_version = _version()
@@ -209,7 +214,7 @@ class PeftConfig:
             if peft_type is None:
                 raise NoConfigError(
                     f"The {target.__name__} config that is trying to be loaded is missing required "
-                    f"keys: {{'peft_type'}}. It has no field {_near(unknown[0], known)}."
+                    f"keys: {{'peft_type'}}. It has no field {near(unknown[0], known)}."
                 )
             warnings.warn(
                 f"Unexpected keyword arguments {unknown} for class {target.__name__}, these are "
@@ -269,7 +274,7 @@ class AdapterConfig(PeftConfig):
         super().__post_init__()
         for name in self.without:
             if getattr(self, name) is not None:
-                raise FieldError(f"{type(self).__name__} has no field {name!r}")
+                note(self, FieldError(f"{type(self).__name__} has no field {name!r}"))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -280,13 +285,20 @@ class AdapterConfig(PeftConfig):
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
-                    raise ConfigError(
-                        f"`{name}` cannot be used when `target_modules` is a str; put the layers "
-                        "into the pattern"
+                    note(
+                        self,
+                        ConfigError(
+                            f"`{name}` cannot be used when `target_modules` is a str; put the "
+                            "layers into the pattern"
+                        ),
                     )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError(
-                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
+            note(
+                self,
+                ConfigError(
+                    "When `layers_pattern` is specified, `layers_to_transform` must also be "
+                    "specified. "
+                ),
             )
 
 
@@ -314,7 +326,7 @@ def from_dict(values: dict[str, Any]) -> AdapterConfig:
     known = target.known_fields()
     for name in values:
         if name not in known:
-            raise ConfigError(f"{target.__name__} has no field {_near(name, known)}")
+            raise ConfigError(f"{target.__name__} has no field {near(name, known)}")
     return target(**values)  # type: ignore[no-any-return]
 
 
@@ -344,11 +356,6 @@ def _get_commit_hash(pkg_name: str) -> str | None:
         return None
     commit = json.loads(text).get("vcs_info", {}).get("commit_id") if text else None
     return None if commit is None else str(commit)
-
-
-def _near(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1)
-    return f"{name!r}" + (f": did you mean {close[0]!r}?" if close else "")
 
 
 @cache

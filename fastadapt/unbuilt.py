@@ -292,7 +292,7 @@ class XLoraConfig(_Typed):
         if self.top_k_lora is not None and self.top_k_lora < 1:
             said.append("`top_k_lora` value must be at least 1.")
         for text in said:
-            warnings.warn(text, FastAdaptWarning, stacklevel=3)
+            warnings.warn(text, FastAdaptWarning, stacklevel=4)
 
 
 @dataclass

@@ -31,7 +31,7 @@ class Room(NamedTuple):
     types: str = ""
 
 
-METHOD = Room("base adapter combine config inits ops targets tying", types="layer")
+METHOD = Room("base adapter combine config inits ops problems targets tying", types="layer")
 MODEL = ["layer", "inject", "model", "modules_to_save", "adapter_file", "checkpoint", "saving"]
 MODEL += ["slots", "fingerprint", "targets", "weighted", "explain", "kbit", "reference"]
 MODEL += ["penalties", "eva", "plain_lora", "dialects", "dialect_paths", "tensor_files"]
@@ -51,7 +51,8 @@ ROOMS = {
     "weights": Room("ops", lazy="bitsandbytes gptqmodel hqq torchao aqlm eetq"),
     "kinds": Room(),
     "base": Room("weights kinds ops", types="adapter"),
-    "config": Room("files methods targets", lazy="peft"),
+    "config": Room("files methods problems targets", lazy="peft"),
+    "problems": Room(eager=""),
     "files": Room(lazy="huggingface_hub"),
     "combine": Room(),
     "adapter": METHOD,

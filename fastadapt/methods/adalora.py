@@ -72,7 +72,7 @@ class AdaLoraConfig(LoraConfig):
                 "Note that `r` is not used in AdaLora and will be ignored. Set `init_r`, the rank "
                 "at the start, instead.",
                 FastAdaptWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         fields.count(self, "target_r", "init_r", "deltaT")
         for name in ("use_dora", "loftq_config", "lora_bias"):

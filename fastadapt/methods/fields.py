@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastadapt.errors import ConfigError, FastAdaptWarning
+from fastadapt.problems import note
 
 MAX_COUNT = 1 << 28
 
@@ -17,24 +18,25 @@ def count(config: Any, *names: str, needs: str = "") -> None:
     for name in names:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{name}: expected an integer, got {value!r}")
-        if not 0 < value <= MAX_COUNT:
+            note(config, ConfigError(f"{name}: expected an integer, got {value!r}"))
+        elif not 0 < value <= MAX_COUNT:
             usual = "should be a positive integer value but the value passed is"
-            raise ConfigError(f"`{name}` {needs or usual} {value}{'.' if needs else ''}")
+            text = f"`{name}` {needs or usual} {value}{'.' if needs else ''}"
+            note(config, ConfigError(text))
 
 
 def rate(config: Any, name: str) -> None:
     """The field is a dropout probability."""
     value = getattr(config, name)
     if not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ConfigError(f"{name}: expected 0 <= p < 1, got {value!r}")
+        note(config, ConfigError(f"{name}: expected 0 <= p < 1, got {value!r}"))
 
 
 def choice(config: Any, name: str, allowed: Sequence[Any]) -> None:
     """The field is one of ``allowed``."""
     value = getattr(config, name)
     if value not in allowed:
-        raise ConfigError(f"{name}: expected one of {list(allowed)}, got {value!r}")
+        note(config, ConfigError(f"{name}: expected one of {list(allowed)}, got {value!r}"))
 
 
 def projections_kept(config: Any, names: str, key: str) -> None:
@@ -44,5 +46,5 @@ def projections_kept(config: Any, names: str, key: str) -> None:
             f"save_projection=False: {names} are not saved, but made again from `{key}`; a later "
             "torch may draw other numbers",
             FastAdaptWarning,
-            stacklevel=4,
+            stacklevel=5,
         )

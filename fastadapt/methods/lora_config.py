@@ -13,6 +13,8 @@ from typing import Any
 from fastadapt.config import AdapterConfig, PeftType
 from fastadapt.errors import ConfigError, FastAdaptWarning, FieldError, UnsupportedError
 from fastadapt.inits import init_of
+from fastadapt.methods.fields import rate
+from fastadapt.problems import note, noting
 from fastadapt.targets import pattern_value
 
 MAX_RANK = 1 << 16
@@ -123,29 +125,33 @@ class LoraConfig(AdapterConfig):
         self.rank_pattern = dict(self.rank_pattern or {})
         self.alpha_pattern = dict(self.alpha_pattern or {})
         for name in SUBCONFIGS:
-            setattr(self, name, subconfig(name, getattr(self, name)))
+            with noting(self):
+                setattr(self, name, subconfig(name, getattr(self, name)))
         for rank in (self.r, *self.rank_pattern.values()):
-            _check_rank(rank)
+            with noting(self):
+                _check_rank(rank)
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             if not isinstance(alpha, int | float) or not abs(alpha) <= 1e6:
-                raise ConfigError(f"lora_alpha: expected a finite number up to 1e6, got {alpha!r}")
-        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout: expected 0 <= p < 1, got {self.lora_dropout!r}")
-        self._check_init()
+                text = f"lora_alpha: expected a finite number up to 1e6, got {alpha!r}"
+                note(self, ConfigError(text))
+        rate(self, "lora_dropout")
+        with noting(self):
+            self._check_init()
         if self.use_dora and self.megatron_config:
-            raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
+            text = "DoRA does not support megatron_core, please set `use_dora=False`."
+            note(self, ConfigError(text))
         asked = [name for name in VARIANTS if getattr(self, name)]
         if len(asked) > 1:
-            raise ConfigError(f"{' and '.join(asked)}: variants of LoRA do not combine, choose one")
+            text = f"{' and '.join(asked)}: variants of LoRA do not combine, choose one"
+            note(self, ConfigError(text))
         if self.alora_invocation_tokens is not None and self.task_type != "CAUSAL_LM":
             warnings.warn(
                 "aLoRA is currently only supported for CAUSAL_LM task.", FastAdaptWarning,
                 stacklevel=4,
             )  # fmt: skip
         if asked and self.lora_bias and not self.alora_invocation_tokens:
-            raise ConfigError(
-                f"The argument lora_bias=True is not supported with {asked[0]}, set one of them."
-            )
+            text = f"The argument lora_bias=True is not supported with {asked[0]}, set one of them."
+            note(self, ConfigError(text))
 
     def _check_init(self) -> None:
         init_of(self.init_lora_weights)
@@ -270,7 +276,7 @@ def subconfig(name: str, value: Any) -> Any:
     known = {f.name for f in dataclasses.fields(own) if f.init}
     unknown = sorted(set(value) - known)
     if unknown:
-        warnings.warn(f"{cls} has no field {unknown}: ignored", FastAdaptWarning, stacklevel=4)
+        warnings.warn(f"{cls} has no field {unknown}: ignored", FastAdaptWarning, stacklevel=5)
     return own(**{k: v for k, v in value.items() if k in known})
 
 

@@ -78,7 +78,7 @@ class PsoftConfig(AdapterConfig):
                 warnings.warn(
                     f"`{name}` is only used when `{needs}`. {name}={getattr(self, name)} will be "
                     "ignored.",
-                    FastAdaptWarning, stacklevel=3,
+                    FastAdaptWarning, stacklevel=4,
                 )  # fmt: skip
 
     @property

@@ -56,7 +56,7 @@ class ShiraConfig(AdapterConfig):
             warnings.warn(
                 f"Argument self.mask_type={self.mask_type!r} is not recognized, please supply your "
                 "own masking function by calling `config.mask_fn = my_mask_fn`.",
-                FastAdaptWarning, stacklevel=3,
+                FastAdaptWarning, stacklevel=4,
             )  # fmt: skip
 
 

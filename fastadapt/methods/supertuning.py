@@ -67,7 +67,7 @@ class SupertuningConfig(AdapterConfig):
             warnings.warn(
                 "save_precomputed_indices=False: sparse-support indices will be recomputed from "
                 "base weight magnitudes at load time; the base must be the same to the bit",
-                FastAdaptWarning, stacklevel=3,
+                FastAdaptWarning, stacklevel=4,
             )  # fmt: skip
 
 
