@@ -89,7 +89,7 @@ class PeftModel(Adapters, nn.Module):
     def _attach(self, made: inject.Plan, name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._attach(made, name, autocast_adapter_dtype)
         config = self._configs[name]
-        config.__class__ = joint(type(config))  # type: ignore[arg-type]
+        config.__class__ = joint(type(config))
 
     @property
     def adapter_root(self) -> nn.Module:

@@ -25,7 +25,7 @@ SUBCONFIGS = {
     "monteclora_config": "methods.monteclora:MontecloraConfig",
     "kasa_config": "methods.kasa:KasaConfig",
     "use_bdlora": "methods.bdlora:BdLoraConfig",
-    "arrow_config": "methods.unbuilt:ArrowConfig",
+    "arrow_config": "unbuilt:ArrowConfig",
     "eva_config": "inits.eva:EvaConfig",
     "corda_config": "inits.corda:CordaConfig",
     "lora_ga_config": "inits.lora_ga:LoraGAConfig",
