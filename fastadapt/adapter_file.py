@@ -175,15 +175,18 @@ def _spoken(
             "read into a model, by PeftModel.from_pretrained or load_adapter"
         )
 
-    def alpha_of(key: str) -> float:
-        if shapes[key] not in ((), (1,)):
-            raise CheckpointError(f"{key}: expected one number, got shape {shapes[key]}")
-        if held:
-            return float(held[key])
+    numbers = [k for k, shape in shapes.items() if k.endswith(".alpha") and shape in ((), (1,))]
+    alphas = {k: float(held[k]) for k in numbers if k in held}
+    if numbers and not held:
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
-            return float(file.get_tensor(key))
+            alphas = {k: float(file.get_tensor(k)) for k in numbers}
+
+    def alpha_of(key: str) -> float:
+        if key not in alphas:
+            raise CheckpointError(f"{key}: expected one number, got shape {shapes[key]}")
+        return alphas[key]
 
     about = getattr(root, "config", None)
     levels = (

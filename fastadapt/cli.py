@@ -82,6 +82,9 @@ def _app() -> Typer:
     _register(app, "explain", _explain, {
         "target": (target, ...), "model": (base, None), "load_in_4bit": (four, False),
         "targets": (Annotated[str, option("--target", help="for a model")], "all-linear"),
+        "tokens": (Annotated[int, option(help="tokens in a call")], 512),
+        "require": (Annotated[float | None, option(
+            help="fail when less than this share of adapter FLOPs is fused, 0 to 1")], None),
     })  # fmt: skip
     _register(app, "merge", _merge, {
         "adapter": (adapter, ...), "model": (base, None),
@@ -194,8 +197,9 @@ def _train(console: Console, config: str | None, **given: Any) -> tuple[Document
 
 
 def _explain(
-    console: Console, target: str, model: str | None, load_in_4bit: bool, targets: str
-) -> tuple[Document, int]:
+    console: Console, target: str, model: str | None, load_in_4bit: bool, targets: str,
+    tokens: int, require: float | None,
+) -> tuple[Document, int]:  # fmt: skip
     """Show which layers are adapted, how their weights are stored and what computes them."""
     import fastadapt
     from fastadapt.patch.inplace import patch
@@ -207,8 +211,10 @@ def _explain(
         config = fastadapt.LoraConfig(target_modules=targets, task_type="CAUSAL_LM")
         adapted = load_model(target, load_in_4bit=load_in_4bit)
         patch(adapted, config)
-    explained = fastadapt.explain(adapted)
+    explained = fastadapt.explain(adapted, tokens)
     console.print(explained.table())
+    if require is not None:
+        explained.require(require)
     return json.loads(explained.to_json()), 0
 
 

@@ -29,7 +29,7 @@ class Record:
     "reference", "layer" when the base layer itself is called, "plain" when the method multiplies
     in plain PyTorch, "peft" when PEFT's own forward runs), None for a module without adapter;
     reason: why a faster one does not;
-    flops: of the adapters, per token, forward.
+    flops: of the active adapters, per token, forward; fused: those of them that fused ops do.
     """
 
     module: str
@@ -41,6 +41,7 @@ class Record:
     implementation: str | None = None
     reason: str | None = None
     flops: int = 0
+    fused: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,21 @@ class Explanation:
     def coverage(self) -> float:
         """The share of the adapters' FLOPs that run in fused ops rather than beside the layer."""
         total = sum(r["flops"] for r in self.records)
-        fused = sum(r["flops"] for r in self.records if r["implementation"] in IMPLEMENTATIONS)
-        return fused / total if total else 0.0
+        return sum(r["fused"] for r in self.records) / total if total else 0.0
+
+    def require(self, share: float) -> None:
+        """Raise KernelError, with every layer that is not fused, when ``coverage`` is less."""
+        if self.coverage >= share:
+            return
+        slow = [r for r in self.records if r["fused"] < r["flops"] or (
+            r["adapters"] and r["implementation"] not in (None, *IMPLEMENTATIONS))]  # fmt: skip
+        reasons: dict[str, list[str]] = {}
+        for r in slow:
+            reasons.setdefault(str(r["reason"]), []).append(r["module"])
+        raise KernelError(
+            f"expected {share:.0%} of the adapters' FLOPs in fused ops, got {self.coverage:.0%}; "
+            "not fused: " + "; ".join(f"{', '.join(m)}: {why}" for why, m in reasons.items())
+        )
 
     def implementations(self) -> dict[str, int]:
         """implementation -> number of layers."""
@@ -78,18 +92,22 @@ class Explanation:
             method = ", ".join(sorted(set(r["adapters"].values()))) or "-"
             runs, why = r["implementation"] or "-", r["reason"] or ""
             key = (name, str(r["kind"]), str(r["format"]), method, str(runs), str(why))
-            count = rows.setdefault(key, [0, 0])
+            count = rows.setdefault(key, [0, 0, 0])
             count[0] += 1
             count[1] += r["trainable"]
+            count[2] += r["flops"]
         table = Table(
             title=f"fastadapt, {self.tokens} tokens: {self.coverage:.0%} of adapter FLOPs fused"
         )
         for column in ("module", "kind", "format", "method", "runs on", "why not faster"):
             table.add_column(column, overflow="fold")
+        table.add_column("FLOPs", justify="right")
         table.add_column("layers", justify="right")
         table.add_column("trainable", justify="right")
-        for cells, (layers, trainable) in rows.items():
-            table.add_row(*cells, str(layers), f"{trainable:,}")
+        total = sum(r["flops"] for r in self.records)
+        for cells, (layers, trainable, flops) in rows.items():
+            share = f"{flops / total:.0%}" if flops else "-"
+            table.add_row(*cells, share, str(layers), f"{trainable:,}")
         return table
 
     def __str__(self) -> str:
@@ -116,14 +134,8 @@ def explain(model: Any, tokens: int = 512, *, require: float | None = None) -> E
         if own:
             records.append(asdict(_record(path, module, own, tokens)))
     result = Explanation(records=records, tokens=tokens)
-    if require is not None and result.coverage < require:
-        fused = (None, *IMPLEMENTATIONS)
-        slow = [r for r in records if r["implementation"] not in fused]
-        raise KernelError(
-            f"expected {require:.0%} of the adapters' FLOPs in fused ops, got "
-            f"{result.coverage:.0%}; not fused: "
-            + "; ".join(f"{r['module']}: {r['reason']}" for r in slow[:5])
-        )
+    if require is not None:
+        result.require(require)
     return result
 
 
@@ -134,19 +146,13 @@ def _record(path: str, module: nn.Module, own: list[Any], tokens: int) -> Record
     if isinstance(frozen, FrozenLayer):
         held: Any = module
         facts = {"kind": frozen.kind.name, "format": frozen.weight.name}
-        facts["adapters"] = {n: a.name for n, a in held.adapters.items()}
-        reason = None if isinstance(held, AdaptedLayer) else held.why_not_ours()
-        reason = reason and ("peft", reason)
-        facts["implementation"], facts["reason"] = (
-            reason or _state(held) or _implementation(frozen, tokens)
-        )
-        facts["flops"] = 2 * _adapter_parameters(held)
+        facts |= _of_layer(held, tokens)
     elif isinstance(module, ModulesToSaveWrapper):
         facts["kind"] = type(module.original_module).__name__
         facts["adapters"] = dict.fromkeys(module.modules_to_save, "modules_to_save")
     elif targets.is_adapted(module):
         facts |= _of_peft(module)
-        facts["flops"] = 2 * _adapter_parameters(module) if facts["implementation"] else 0
+        facts["flops"] = sum(_flops(module).values()) if facts["implementation"] else 0
     elif type(own[0]).__name__ == "Params4bit":
         facts["format"] = "bnb4"
     elif type(own[0]).__name__ == "Int8Params":
@@ -154,20 +160,39 @@ def _record(path: str, module: nn.Module, own: list[Any], tokens: int) -> Record
     return Record(module=path, parameters=sum(p.numel() for p in own), trainable=trainable, **facts)
 
 
-def _state(layer: Any) -> tuple[str, str] | None:
-    """Why adapters do not run, or run beside the fused op; None when all active ones go through
-    it."""
-    active = [layer.adapters[n] for n in layer.active_adapters if n in layer.adapters]
+def _of_layer(layer: Any, tokens: int) -> dict[str, Any]:
+    """The facts of an adapted layer, ours or PEFT's that we speed up."""
+    flops = _flops(layer)
+    active = {n: layer.adapters[n] for n in layer.active_adapters if n in layer.adapters}
+    why = _idle(layer, active) or _beside(layer)
+    asked = {} if why else {n: _asks(a, layer.frozen) for n, a in active.items()}
+    fused = {n for n, what in asked.items() if what == "op"}
+    for name, what in asked.items():
+        if why is None and what != "op":
+            why = what, f"{active[name].name}: {_ASKED[what]}"
+    runs, reason = why or _implementation(layer.frozen, next(iter(active.values())), tokens)
+    return {
+        "adapters": {n: a.name for n, a in layer.adapters.items()},
+        "implementation": runs,
+        "reason": reason,
+        "flops": sum(flops.values()),
+        "fused": sum(flops[n] for n in fused),
+    }
+
+
+def _idle(layer: Any, active: dict[str, Any]) -> tuple[str, str] | None:
+    """Why no adapter runs, if none does."""
+    if not isinstance(layer, AdaptedLayer) and (reason := layer.why_not_ours()) is not None:
+        return "peft", reason
     if layer.disable_adapters or layer.merged or not active:
         off = "disabled" if layer.disable_adapters else "merged" if layer.merged else "not active"
         return "layer", f"the adapters are {off}"
+    return None
+
+
+def _beside(layer: Any) -> tuple[str, str] | None:
     reason = layer.frozen.why_not_fused()
-    if reason is not None:
-        return "layer", reason
-    found = ((a.name, _asks(a, layer.frozen)) for a in active)
-    return next(
-        ((asked, f"{name}: {_ASKED[asked]}") for name, asked in found if asked != "op"), None
-    )
+    return None if reason is None else ("layer", reason)
 
 
 _ASKED = {
@@ -234,17 +259,25 @@ def _of_peft(module: Any) -> dict[str, Any]:
     }
 
 
-def _adapter_parameters(layer: Any) -> int:
-    """The parameters that stand beside the base layer, trained or frozen."""
-    own = {id(p) for p in layer.base_layer.parameters()}
-    return sum(p.numel() for p in layer.parameters() if id(p) not in own)
+def _flops(layer: Any) -> dict[str, int]:
+    """Of each active adapter, per token: two for every parameter beside the base layer, trained
+    or frozen."""
+    found = {}
+    for name in layer.active_adapters:
+        parts = [getattr(layer, part) for part in layer.adapter_layer_names]
+        held = [part[name] for part in parts if name in part]
+        tensors = [t for p in held for t in (p.parameters() if isinstance(p, nn.Module) else [p])]
+        found[name] = 2 * sum(t.numel() for t in tensors)
+    return found
 
 
-def _implementation(frozen: FrozenLayer, tokens: int) -> tuple[str, str | None]:
-    bits = frozen.bits()
-    x = torch.empty((tokens, frozen.shape[1]), device=frozen.weight.layer.weight.device)
-    empty = x.new_empty(0)
-    args = (x, None, empty, empty, 1.0, 0.0, None, x.dtype, x.dtype, *flatten(bits))
+def _implementation(frozen: FrozenLayer, adapter: Any, tokens: int) -> tuple[str, str | None]:
+    """What the fused op runs on for this many tokens, and why nothing faster."""
+    pair = adapter.low_rank_pair()
+    device = frozen.weight.layer.weight.device
+    x = torch.empty((tokens, frozen.shape[1]), dtype=frozen.dtype, device=device)
+    a, b = (x.new_empty(8, x.shape[1]), x.new_empty(0)) if pair is None else (pair.a, pair.b)
+    args = (x, None, a, b, 1.0, 0.0, None, x.dtype, x.dtype, *flatten(frozen.bits()))
     chosen = low_rank_fwd.choose(*args)
     faster = IMPLEMENTATIONS[: IMPLEMENTATIONS.index(chosen)]
     reasons = [low_rank_fwd.why_not(i, *args) for i in faster]

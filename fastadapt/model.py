@@ -64,6 +64,12 @@ class Adapters:
 
     def _attach(self, made: inject.Plan, name: str, autocast_adapter_dtype: bool = True) -> None:
         root = self.adapter_root
+        if any(isinstance(m, AdaptedLayer) and m.merged for _, m in self._adapted()):
+            warnings.warn(
+                "Adapter cannot be set when the model is merged. Unmerging the model first.",
+                stacklevel=4,
+            )
+            self.unmerge_adapter()
         inject.attach(root, made, name, autocast_adapter_dtype=autocast_adapter_dtype)
         path = getattr(root, "name_or_path", None) or getattr(
             getattr(root, "config", None), "_name_or_path", None
@@ -223,7 +229,7 @@ class Adapters:
             layer.delete_adapter(adapter_name)
         left = [n for n in was if n != adapter_name]
         if adapter_name in was and not left and self._configs:
-            left = [next(iter(self._configs))]
+            left = [min(self._configs)]
             warnings.warn(
                 f"Adapter {adapter_name} was active which is now deleted. Setting active adapter "
                 f"to {left[0]}.",

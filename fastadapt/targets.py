@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NoReturn
+from functools import lru_cache
+from typing import Any, NamedTuple, NoReturn
 
 import regex
 from torch import nn
@@ -133,9 +134,9 @@ def idle_patterns(config: Any, chosen: Iterable[str]) -> dict[str, list[str]]:
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, name, None) or {}
         # AdaLoRA's are masks of whole layers
-        wanted = [p for p, value in patterns.items() if isinstance(value, int | float)]
-        idle = [p for p in wanted if not any(pattern_value({p: p}, c, None) for c in chosen)]
-        found[name] = sorted(idle)
+        wanted = tuple(p for p, value in patterns.items() if isinstance(value, int | float))
+        with time_limit():
+            found[name] = sorted(_unused(wanted, chosen))
     return {name: idle for name, idle in found.items() if idle}
 
 
@@ -268,29 +269,66 @@ def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
     Raises TargetError when the patterns of one plan take too long, all layers together."""
     # called for every module: one call on its own gets a small part of the time
     deadline = _deadline.get() or time.monotonic() + PATTERN_SECONDS / 10
-    for key, value in patterns.items():
+    keys = tuple(patterns)
+    table = _table(keys)
+    found = min(table.plain_hits(path), default=len(keys))
+    for order in table.expressions:
+        if order > found:
+            break
+        pattern = rf"(.*\.)?({keys[order]})$"
+        if _timed(regex.match, pattern, path, deadline - time.monotonic()):
+            found = order
+    return patterns[keys[found]] if found < len(keys) else default
+
+
+class _Table(NamedTuple):
+    """Keys of a pattern dict, for lookup: most are paths, and a file may have one for each layer.
+
+    plain: key of word characters and dots -> its place; dots: length -> where keys of that length
+    have dots, which stand for any character; expressions: the places of the others."""
+
+    plain: dict[str, int]
+    dots: dict[int, set[tuple[int, ...]]]
+    expressions: list[int]
+
+    def plain_hits(self, path: str) -> Iterator[int]:
+        """The places of the plain keys that match the end of ``path``."""
+        for end in _endings(path):
+            for places in self.dots.get(len(end), ()):
+                chars = list(end)
+                for at in places:
+                    chars[at] = "."
+                place = self.plain.get("".join(chars))
+                if place is not None:
+                    yield place
+
+
+@lru_cache(maxsize=8)
+def _table(keys: tuple[str, ...]) -> _Table:
+    made = _Table({}, {}, [])
+    for place, key in enumerate(keys):
         if _PLAIN.fullmatch(key):
-            if _ends_like(path, key):
-                return value
-        elif _timed(regex.match, rf"(.*\.)?({key})$", path, deadline - time.monotonic()):
-            return value
-    if patterns and time.monotonic() > deadline:
-        _too_long(next(iter(patterns)))
-    return default
+            made.plain[key] = place
+            where = tuple(i for i, c in enumerate(key) if c == ".")
+            made.dots.setdefault(len(key), set()).add(where)
+        else:
+            made.expressions.append(place)
+    return made
 
 
-def _ends_like(path: str, key: str) -> bool:
-    r"""``regex.match(rf"(.*\.)?({key})$", path)`` for a key of word characters and dots."""
-    left = len(path) - len(key)
-    if left < 0 or (left and path[left - 1] != "."):
-        return False
-    return path.endswith(key) or all(
-        k in (".", c) for k, c in zip(key, path[left:], strict=True)
-    )  # fmt: skip
-
-
-def _ends(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)
+def _unused(keys: tuple[str, ...], paths: Iterable[str]) -> set[str]:
+    """The patterns that match the end of no path."""
+    table = _table(keys)
+    plain: set[int] = set()
+    open_ = set(table.expressions)
+    for path in paths:
+        plain.update(table.plain_hits(path))
+        open_ -= {
+            i for i in open_
+            if _timed(regex.match, rf"(.*\.)?({keys[i]})$", path, _left(None))
+        }  # fmt: skip
+    idle = open_ | (set(table.plain.values()) - plain)
+    return {keys[i] for i in idle}
 
 
 def _endings(path: str) -> Iterator[str]:

@@ -140,6 +140,16 @@ def test_explain_names_every_layer(
     shell("explain", target)
     for name in ("q_proj", "down_proj"):
         assert name in shell.out
+    assert shell("explain", target, "--tokens", "3", "--require", "1", "--json").code == 0
+    assert shell.document["tokens"] == 3
+
+
+def test_explain_as_a_contract(shell: Shell, chat_model: Path) -> None:
+    """Embeddings are no matrix products: the error names them, after the table."""
+    target = [chat_model, "--target", r".*\.(q_proj|embed_tokens)", "--require", "1"]
+    assert shell("explain", *target).code == 5
+    assert "runs on" in shell.out
+    assert "embed_tokens: a embedding layer is not a matrix product" in shell.err
 
 
 def test_doctor_checks_every_op(shell: Shell) -> None:

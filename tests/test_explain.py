@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,6 +175,46 @@ def test_a_contract() -> None:
     assert fastadapt.explain(model, require=0.0).coverage == 0.0
     with pytest.raises(KernelError, match=r"expected 50%.*got 0%.*q_proj: bnb8"):
         fastadapt.explain(model, require=0.5)
+
+
+def test_a_contract_names_every_layer_that_breaks_it() -> None:
+    """Together by reason, each layer once; layers that keep it are not named."""
+    wanted = ["q_proj", "o_proj", "embed_tokens"]
+    model = fastadapt.patch(tiny.model(), config(target_modules=wanted))
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.base_layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(KernelError) as caught:
+        fastadapt.explain(model, require=1.0)
+    said = str(caught.value)
+    for i in range(2):
+        assert said.count(f"layers.{i}.self_attn.o_proj") == 1
+    assert said.count("embed_tokens") == said.count("the layer has forward hooks") == 1
+    assert "q_proj" not in said
+
+
+def test_only_active_adapters_count() -> None:
+    """2 r (in + out) of each that runs; one of two that is fused is half of the layer."""
+    model = fastadapt.patch(tiny.model(), config())
+    one = fastadapt.explain(model).records
+    model.add_adapter("other", config())
+    assert fastadapt.explain(model).records[1]["flops"] == one[1]["flops"]
+    model.set_adapter(["default", "other"])
+    both = [r for r in fastadapt.explain(model).records if r["flops"]]
+    assert {r["flops"] for r in both} == {2 * 2 * 4 * (tiny.HIDDEN + tiny.HIDDEN)}
+    model.add_adapter("scale", fastadapt.IA3Config(target_modules=["q_proj"],
+                                                   feedforward_modules=[]))  # fmt: skip
+    model.set_adapter(["default", "scale"])
+    mixed = fastadapt.explain(model)
+    held = next(r for r in mixed.records if r["flops"])
+    assert held["fused"] == 2 * 4 * (tiny.HIDDEN + tiny.HIDDEN)
+    assert held["flops"] == held["fused"] + 2 * tiny.HIDDEN
+    assert mixed.coverage == held["fused"] / held["flops"]
+    assert held["reason"].startswith("ia3: ")
+
+
+def test_every_reason_is_in_the_documentation() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "why-not-faster.md").read_text()
+    assert [r for r in REASONS if r is not None and r not in text] == []
 
 
 def test_flops_and_json() -> None:

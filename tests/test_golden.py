@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import fastadapt
+from fastadapt.errors import FastAdaptWarning
 from tests.golden import make
 
 pytestmark = pytest.mark.golden
@@ -20,6 +23,20 @@ CASES = sorted(p.parent for p in make.HERE.glob("*/*/adapter_config.json"))
 
 def test_there_are_at_least_four_releases() -> None:
     assert len({p.parent.name for p in CASES}) >= 4
+
+
+def test_the_range_of_releases() -> None:
+    """Of each method that a release has and that can be read, one adapter."""
+    assert {p.parent.name for p in CASES} == set(make.VERSIONS)
+
+
+def test_a_series_that_peft_summed_otherwise_is_said(tmp_path: Path) -> None:
+    """PEFT itself loads such an OFT adapter without a word, and gives other outputs."""
+    folder = shutil.copytree(make.HERE / "0.17.1" / "oft", tmp_path / "oft")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_cayley_neumann": True}))
+    with pytest.warns(FastAdaptWarning, match="Neumann series of PEFT <= 0.17"):
+        fastadapt.PeftModel.from_pretrained(make.Tiny(), folder)
 
 
 @pytest.mark.parametrize("folder", CASES, ids=lambda p: f"{p.parent.name}-{p.name}")

@@ -16,7 +16,6 @@ from fastadapt.ops import dispatch
 from fastadapt.ops.bits import Nf4
 from fastadapt.ops.dropout import draw_seed, dropout_fwd, dropout_reference
 from fastadapt.ops.low_rank import low_rank
-from fastadapt.ops.low_rank_group import Member, low_rank_group
 from fastadapt.ops.nf4 import nf4_dequant, nf4_dequant_reference
 from fastadapt.ops.row_norm import row_norm
 from fastadapt.testing import check
@@ -122,57 +121,6 @@ def by_hand(x: Tensor, a: Tensor, b: Tensor, bias: Tensor, w: Tensor, p: float) 
     ones = torch.ones_like(x)
     factors = ones if seed is None else dropout_reference(ones.float(), seed, p, F32).to(x.dtype)
     return x @ w.t() + 1.7 * ((x * factors) @ a.t() @ b.t()) + bias
-
-
-@on_devices
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m", [16, 257])
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_a_group_errs_no_more_than_its_layers_one_by_one(
-    p: float, m: int, dtype: torch.dtype, device: str
-) -> None:
-    """Few tokens and many, whose weights are decoded in one launch; masks are those of the layers
-    one by one."""
-    k, sizes = 192, ((130, 5), (64, 8), (256, 16))
-    g = torch.Generator().manual_seed(m)
-
-    def made(*shape: int) -> Tensor:
-        return (torch.randn(shape, generator=g) / shape[-1] ** 0.5).to(device, dtype)
-
-    held = [weight(n, k, device, dtype) for n, _ in sizes]
-    leaves = [made(m, k), *(t for n, r in sizes for t in (made(r, k), made(n, r)))]
-    grads = [made(m, n) for n, _ in sizes]
-
-    def run(call: Callable[..., list[Tensor]], kind: torch.dtype) -> list[Tensor]:
-        torch.manual_seed(3)
-        x, *pairs = [leaf.to(kind).requires_grad_() for leaf in leaves]
-        ys = call(x, list(zip(pairs[::2], pairs[1::2], strict=True)))
-        found = torch.autograd.grad(ys, [x, *pairs], [v.to(kind) for v in grads])
-        return [*(y.detach() for y in ys), *found]
-
-    def grouped(x: Tensor, pairs: Any) -> list[Tensor]:
-        members = [Member(w, None, *pair, 0.7, p) for w, pair in zip(held, pairs, strict=True)]
-        return list(low_rank_group(x, members, compute=dtype, out=dtype))
-
-    def one_by_one(x: Tensor, pairs: Any) -> list[Tensor]:
-        return [
-            low_rank(x, *pair, 0.7, bits=w, p=p, compute=dtype, out=dtype)
-            for w, pair in zip(held, pairs, strict=True)
-        ]
-
-    def exactly(x: Tensor, pairs: Any) -> list[Tensor]:
-        found = []
-        for w, (a, b) in zip(held, pairs, strict=True):
-            nothing = torch.zeros(w.n, dtype=x.dtype, device=device)
-            found.append(by_hand(x, a, b * (0.7 / 1.7), nothing, nf4_dequant(w).to(x.dtype), p))
-        return found
-
-    with dispatch.use(implementation(device)):
-        got, plain = run(grouped, dtype), run(one_by_one, dtype)
-    with dispatch.use("reference"):
-        oracle = run(exactly, F64)
-    for i, want in enumerate(oracle):
-        check(got[i], plain[i], want, what=str(i))
 
 
 @on_devices

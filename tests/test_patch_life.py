@@ -222,8 +222,17 @@ class PatchLife(RuleBasedStateMachine):
             twins.assert_close(ours, theirs, twins.run(exact))
 
 
-def machine(examples: int, steps: int) -> Any:
-    found = type("Machine", (PatchLife,), {}).TestCase
+class CompiledLife(PatchLife):
+    """Compiled calls, too, which take a second each."""
+
+    @rule()
+    def compiled_call(self) -> None:
+        torch._dynamo.reset()
+        self.equal(lambda model, x: torch.compile(model, backend="eager")(x))
+
+
+def machine(life: Any, examples: int, steps: int) -> Any:
+    found = type("Machine", (life,), {}).TestCase
     found.settings = settings(
         max_examples=examples, stateful_step_count=steps, deadline=None, derandomize=True,
         database=None, suppress_health_check=list(HealthCheck),
@@ -231,5 +240,6 @@ def machine(examples: int, steps: int) -> Any:
     return found
 
 
-TestPatchLife = machine(8, 25)
-TestPatchLifeLong = pytest.mark.slow(machine(120, 40))
+TestPatchLife = machine(PatchLife, 8, 25)
+TestPatchLifeLong = pytest.mark.slow(machine(PatchLife, 60, 40))
+TestPatchLifeCompiled = pytest.mark.slow(machine(CompiledLife, 4, 25))

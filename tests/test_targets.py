@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch import nn
 import fastadapt
 from fastadapt import targets
 from fastadapt.errors import FastAdaptWarning, TargetError
+from fastadapt.targets import pattern_value
 from tests import tiny
 from tests.tiny import one_thread  # noqa: F401
 
@@ -248,3 +250,22 @@ def test_osf_without_targets_adapts_all_linear_layers_of_any_model() -> None:
     model = nn.ModuleDict({"fc1": nn.Linear(3, 5), "norm": nn.LayerNorm(5)})
     made = fastadapt.get_peft_model(model, fastadapt.OSFConfig())
     assert made.targeted_module_names == ["fc1"]
+
+
+NAME = st.sampled_from(["a", "b", "ab", "a_b", "10", "1"])
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(
+    keys=st.lists(
+        st.lists(NAME, min_size=1, max_size=3).map(".".join)
+        | st.sampled_from([r"a\.b", ".*b", "(a|b)", "a$", r"\d+"]),
+        max_size=6, unique=True,
+    ),
+    path=st.lists(NAME, min_size=1, max_size=4).map(".".join),
+)  # fmt: skip
+def test_the_first_pattern_that_matches_the_end_of_a_path(keys: list[str], path: str) -> None:
+    """As PEFT looks them up, one expression after the other."""
+    patterns = {key: i for i, key in enumerate(keys)}
+    want = next((i for i, key in enumerate(keys) if re.match(rf"(.*\.)?({key})$", path)), -1)
+    assert pattern_value(patterns, path, -1) == want

@@ -56,7 +56,7 @@ def prepare_model_for_compiled_hotswap(
                 f"'{check_compiled}' instead."
             )
     layers: list[Any] = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
-    layers = [layer for layer in layers if hasattr(layer, "lora_A")]
+    layers = [m for m in layers if hasattr(m, "lora_A") or hasattr(m, "lora_embedding_A")]
     if not layers:
         raise LifecycleError(
             "No adapter layers found on the model, make sure call "
@@ -64,10 +64,19 @@ def prepare_model_for_compiled_hotswap(
             "loading the second adapter."
         )
     for layer in layers:
+        if target_rank is not None:
+            _refuse_rank(layer, target_rank)
+    for layer in layers:
         setattr(layer, _FIXED, True)
-        for name in layer.lora_A if target_rank is not None else ():
-            _pad(layer.lora_A[name], int(target_rank or 0), 0)
-            _pad(layer.lora_B[name], int(target_rank or 0), 1)
+        for name, (a, b) in _pairs(layer).items():
+            if layer.scaling[name] == 0:
+                # a scale of zero stays zero whatever B is multiplied by
+                layer.scaling[name] = 1.0
+                b.data = torch.zeros_like(b)
+            if target_rank is not None:
+                groups = _groups(layer, name)
+                _pad(layer, "A", name, _widened(a, target_rank, 0, groups))
+                _pad(layer, "B", name, _widened(b, target_rank // groups, 1))
     if config and target_rank is not None:
         for one in config.values() if isinstance(config, dict) else [config]:
             one.r = target_rank
@@ -93,7 +102,10 @@ def hotswap_adapter(
     named = {}
     for key, tensor in tensors.items():
         head, dot, leaf = key.rpartition(".")
-        bare = key.endswith(("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"))
+        if key.endswith("lora_magnitude_vector"):
+            named[f"{key}.{adapter_name}.weight"] = tensor
+            continue
+        bare = key.endswith(("lora_embedding_A", "lora_embedding_B"))
         named[f"{key}.{adapter_name}" if bare else f"{head}.{adapter_name}{dot}{leaf}"] = tensor
     hotswap_adapter_from_state_dict(model, named, adapter_name, new)
 
@@ -136,7 +148,8 @@ def hotswap_adapter_from_state_dict(
             elif id(layer) not in scaled:
                 layer.scaling[adapter_name] = wanted
                 scaled.add(id(layer))
-            _write(attrgetter(key)(model), tensor, key)
+            groups = _groups(layer, adapter_name) if ".lora_A." in key else 1
+            _write(attrgetter(key)(model), tensor, key, groups)
 
 
 def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
@@ -159,13 +172,12 @@ def _scale(config: Any, key: str) -> float:
     return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
 
 
-def _write(old: Tensor, new: Tensor, key: str) -> None:
+def _write(old: Tensor, new: Tensor, key: str, groups: int = 1) -> None:
     new = new.to(old.device, old.dtype)
     if old.shape == new.shape:
         old.copy_(new)
     elif all(o >= n for o, n in zip(old.shape, new.shape, strict=True)):
-        old.zero_()
-        old[tuple(slice(n) for n in new.shape)] = new
+        _fill(old, new, groups)
     elif all(o == n or d < 2 for d, (o, n) in enumerate(zip(old.shape, new.shape, strict=True))):
         old.data = new.clone()
     else:
@@ -176,18 +188,63 @@ def _write(old: Tensor, new: Tensor, key: str) -> None:
         )
 
 
-def _pad(module: Any, rank: int, dim: int) -> None:
-    weight = module.weight
-    have = weight.shape[dim]
-    if have > rank:
-        raise LifecycleError(
-            f"Trying to pad the adapter to the target rank {rank}, but the original rank is "
-            f"larger ({have})"
-        )
-    if getattr(module, "groups", 1) > 1:
-        raise UnsupportedError("padding LoRA on a convolution with groups: not built yet")
-    shape = [rank if d == dim else n for d, n in enumerate(weight.shape)]
-    padded = weight.new_zeros(shape)
+def _fill(old: Tensor, new: Tensor, groups: int) -> None:
+    """``new`` in the corner of ``old``, zeros elsewhere. groups: rows of A of a grouped
+    convolution belong to groups of B, each of which has a corner of its own."""
+    old.zero_()
+    if groups > 1:
+        old, new = (t.view(groups, -1, *t.shape[1:]) for t in (old, new))
+    old[tuple(slice(n) for n in new.shape)] = new
+
+
+def _pairs(layer: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """adapter -> its A and B."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for kind in ("lora_", "lora_embedding_"):
+        a, b = (getattr(layer, f"{kind}{side}", {}) for side in "AB")
+        for name in a:
+            pair = a[name], b[name]
+            found[name] = tuple(getattr(p, "weight", p) for p in pair)
+    return found
+
+
+def _groups(layer: Any, name: str) -> int:
+    holder = getattr(layer, "lora_B", {})
+    return int(getattr(holder[name], "groups", 1)) if name in holder else 1
+
+
+def _refuse_rank(layer: Any, rank: int) -> None:
+    for name, (a, _) in _pairs(layer).items():
+        if a.shape[0] > rank:
+            raise LifecycleError(
+                f"Trying to pad the adapter to the target rank {rank}, but the original rank is "
+                f"larger ({a.shape[0]})"
+            )
+        if rank % _groups(layer, name):
+            raise UnsupportedError(
+                f"target_rank: expected a multiple of the convolution's {_groups(layer, name)} "
+                f"groups, got {rank}"
+            )
+
+
+def _widened(tensor: Tensor, size: int, dim: int, groups: int = 1) -> Tensor:
+    shape = [size if d == dim else n for d, n in enumerate(tensor.shape)]
+    padded = tensor.new_zeros(shape)
     with torch.no_grad():
-        padded[tuple(slice(n) for n in weight.shape)] = weight
-    module.weight = nn.Parameter(padded, requires_grad=weight.requires_grad)
+        _fill(padded, tensor, groups)
+    return padded
+
+
+def _pad(layer: Any, side: str, name: str, values: Tensor) -> None:
+    """Put a wider parameter in the place of one side of a pair."""
+    linear = name in getattr(layer, "lora_A", {})
+    holder = getattr(layer, f"lora_{side}" if linear else f"lora_embedding_{side}")
+    if not linear:
+        holder[name] = nn.Parameter(values, requires_grad=holder[name].requires_grad)
+        return
+    module = holder[name]
+    module.weight = nn.Parameter(values, requires_grad=module.weight.requires_grad)
+    for size in ("out_features", "out_channels") if side == "A" else ("in_features", "in_channels"):
+        if hasattr(module, size):
+            setattr(module, size, values.shape[0] if side == "A" else values.shape[1] * _groups(
+                layer, name))  # fmt: skip

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import warnings
@@ -205,11 +206,11 @@ class LoraConfig(AdapterConfig):
 
     def resized(self, r: int, alpha: float) -> LoraConfig:
         """The same for a layer with another rank and alpha."""
-        # warnings were given when the whole configuration was made
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made = dataclasses.replace(self, r=r, lora_alpha=alpha)
-        made.path = self.path
+        # a copy without a second check of every field: it is made for each layer, and patterns may
+        # be as many as the layers
+        _check_rank(r)
+        made = copy.copy(self)
+        made.r, made.lora_alpha = r, alpha
         return made
 
     @property

@@ -51,6 +51,20 @@ class OFTConfig(AdapterConfig):
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
 
+    @classmethod
+    def of_earlier(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """PEFT 0.17 summed another series, 2 Q^(terms-1) at its end; it wrote no ``peft_version``,
+        and PEFT since 0.18 reads its files as if they were of the series of today."""
+        if values.get("use_cayley_neumann") and values.get("peft_version") is None:
+            warnings.warn(
+                "this OFT adapter was trained with the Neumann series of PEFT <= 0.17, whose last "
+                "term is twice that of later releases: outputs differ from those it was trained "
+                "to give: train it a little further",
+                FastAdaptWarning,
+                stacklevel=4,
+            )
+        return values
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.OFT  # type: ignore[attr-defined]

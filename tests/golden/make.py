@@ -4,7 +4,7 @@
     python tests/golden/make.py        all releases, each from the registry in a folder of its own
     python tests/golden/make.py here   the peft that can be imported, into tests/golden/<version>
 
-A release is laid over the present torch and transformers; PEFT 0.17 does not import over these.
+A release is laid over the present torch and transformers, with the packages that ``BESIDE`` names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ import torch
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
-VERSIONS = ("0.5.0", "0.6.2", "0.8.2", "0.10.0", "0.11.1", "0.13.2", "0.15.2")
+VERSIONS = ("0.5.0", "0.6.2", "0.8.2", "0.10.0", "0.11.1", "0.13.2", "0.15.2", "0.17.1")
+BESIDE = {"0.17.1": ("transformers==4.56.2", "huggingface_hub==0.36.0", "tokenizers==0.22.1")}
+"""Its own imports need a transformers of its time."""
+
 LINEAR = ["up", "down"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("LoraConfig", {"r": 2, "lora_alpha": 3, "target_modules": LINEAR}),
@@ -38,6 +41,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hra": ("HRAConfig", {"r": 2, "target_modules": LINEAR}),
     "fourierft": ("FourierFTConfig", {"n_frequency": 9, "target_modules": LINEAR}),
     "bone": ("BoneConfig", {"r": 2, "target_modules": LINEAR}),
+    "lora_bias": ("LoraConfig", {"r": 2, "target_modules": LINEAR, "lora_bias": True}),
+    "tokens": ("LoraConfig", {"r": 2, "target_modules": ["up"],
+                              "trainable_token_indices": {"tokens": [2, 5]}}),
+    "oft": ("OFTConfig", {"oft_block_size": 4, "r": 0, "use_cayley_neumann": False,
+                          "target_modules": LINEAR}),
+    "road": ("RoadConfig", {"group_size": 4, "target_modules": LINEAR}),
+    "shira": ("ShiraConfig", {"r": 1, "random_seed": 3, "target_modules": LINEAR}),
+    "c3a": ("C3AConfig", {"block_size": 4, "target_modules": LINEAR}),
+    "miss": ("MissConfig", {"r": 2, "target_modules": LINEAR}),
+    "randlora": ("RandLoraConfig", {"r": 2, "target_modules": ["up"]}),
 }  # fmt: skip
 
 
@@ -96,7 +109,7 @@ def main() -> None:
     for version in VERSIONS:
         with tempfile.TemporaryDirectory() as where:
             pip = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--target", where]
-            subprocess.run([*pip, f"peft=={version}"], check=True)
+            subprocess.run([*pip, f"peft=={version}", *BESIDE.get(version, ())], check=True)
             environment = {**os.environ, "PYTHONPATH": where}
             subprocess.run([sys.executable, __file__, "here"], check=True, env=environment)
 
