@@ -51,6 +51,8 @@ class Adapter:
     """A LoRA of enough rank on the same linear layer can stand for the adapter."""
     must_agree: ClassVar[dict[str, str]] = {}
     """Fields that all adapters of the method on a model share -> how PEFT says so."""
+    replaces_targets: ClassVar[bool] = False
+    """``companions`` may stand in the place of adapters of its targets."""
     alias: ClassVar[str] = ""
     """PEFT's name of a wrapper of its own around the layer, under which scripts look for parts."""
     changes_base: bool = False

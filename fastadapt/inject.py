@@ -133,7 +133,8 @@ def _plan(model: nn.Module, config: AdapterConfig, allow_unmatched: bool, meta: 
             held = _base(path, modules[path])
             adapters[path] = method.tied(own[ties.source], held, adapters[ties.source])
         more = method.companions(config, model, adapters)
-        both = [p for p in more if p in adapters or p not in modules]
+        taken = () if method.replaces_targets else adapters
+        both = [p for p in more if p in taken or p not in modules]
         if both:
             raise UnsupportedError(
                 f"{method.name}: {both[0]} is targeted, and some of its tokens are trained too: "

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastadapt import checkpoint, combine, inject, invocation, penalties, weighted
+from fastadapt import checkpoint, combine, inject, invocation, penalties, tying, weighted
 from fastadapt.adapter_file import open_adapter
 from fastadapt.base import release_weights
 from fastadapt.config import AdapterConfig, as_config
@@ -350,7 +350,7 @@ class Adapters:
     ) -> nn.Module:  # fmt: skip
         """Take every adapted layer out of the root, merged or as it was."""
         root, layers = self.adapter_root, list(self._adapted())
-        report = MergeReport()
+        report, tied = MergeReport(), tying.tied_paths(root) if merge else []
         vars(root).pop("merge_report", None)
         if merge and safe_merge:
             # all layers are checked before the first is taken out
@@ -369,6 +369,7 @@ class Adapters:
             report.add(path, layer.merge_share)
             inject.put(root, path, layer.base_layer)
         if merge:
+            tying.tie_again(root, tied)
             self._reported(report, keep.get("keep_share", LEAST))
             leave_out(root, report)
         release_weights(root)

@@ -12,6 +12,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastadapt.errors import ConfigError, FastAdaptWarning
@@ -89,6 +90,17 @@ def tied_paths(model: nn.Module) -> list[str]:
     return found
 
 
+def tie_again(model: Any, paths: list[str]) -> None:
+    """Modules whose merged weight is the input embedding's to the bit share it again."""
+    source = input_embedding(model)
+    weight = getattr(model.get_submodule(source), "weight", None) if source else None
+    for path in paths if isinstance(weight, nn.Parameter) else ():
+        module: Any = model.get_submodule(path)
+        own = getattr(module, "weight", None)
+        if isinstance(own, nn.Parameter) and own is not weight and _same(own, weight):
+            module.weight = weight
+
+
 def tied_with_embedding(base: Any) -> list[str]:
     """Paths of the modules whose weight is the input embedding's; none where the config says
     ``tie_word_embeddings=False``. What adapted layers hold is named as it is now."""
@@ -130,6 +142,11 @@ def _is_last(name: str, paths: dict[str, nn.Module]) -> bool:
 def _has(path: str, name: str) -> bool:
     """The name is the path, or a part of it between dots."""
     return f".{name}." in f".{path}."
+
+
+def _same(one: Any, other: Any) -> bool:
+    alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return alike and bool(torch.equal(one, other))
 
 
 def _owners(names: Any) -> list[str]:

@@ -126,5 +126,23 @@ def test_refusals() -> None:
     assert [layer.token_indices["default"] for layer in layers] == [[1, 2], [3]]
 
 
+def test_merged_weights_are_tied_again_where_they_are_equal() -> None:
+    model = moved(adapted(fastadapt, "tokens"))
+    want = logits(model)
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert merged.config.tie_word_embeddings
+    assert error(logits(merged), want) < 2e-5
+
+
+def test_both_targeted_have_one_set_of_token_rows() -> None:
+    config = fastadapt.TrainableTokensConfig(
+        target_modules=["embed_tokens", "lm_head"], token_indices=[1, 2]
+    )
+    model = fastadapt.get_peft_model(models.make("tied"), config).base_model.model
+    rows = [m.trainable_tokens_delta["default"] for m in (model.lm_head, model.model.embed_tokens)]
+    assert rows[0] is rows[1]
+
+
 def error(got: Tensor, want: Tensor) -> float:
     return float((got - want).double().norm() / want.double().norm())

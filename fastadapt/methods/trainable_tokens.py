@@ -56,6 +56,7 @@ class TrainableTokens(Adapter):
     adds_embedding_to_file = False
     key: str | None = DELTA
     """In files; None for what files do not hold."""
+    replaces_targets = True
     shares = False
     """D is another layer's."""
 
@@ -65,8 +66,7 @@ class TrainableTokens(Adapter):
         first = adapters.get(input_embedding(model) or "")
         if first is None:
             return {}
-        tied = [p for p in tied_with(model) if p not in adapters]
-        return dict.fromkeys(tied, lambda base: TiedTokens(config, base, first))
+        return dict.fromkeys(tied_with(model), lambda base: TiedTokens(config, base, first))
 
     def build(self, base: Base, shared: Any) -> None:
         if len(base.shape) != 2:
