@@ -7,7 +7,7 @@
 
 Registers, spills, shared memory, tensor-core instructions, instructions an element. The laws: no
 spill; tensor cores in every 16-bit product; shared memory that fits; NF4 decode in at most 9.2
-instructions an element on sm_90, 7.5 in the forward product with the pair table.
+instructions an element on sm_90, 7.5 in the products with the pair table.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def page(table: dict[str, Any]) -> str:
         "- Every product of 16-bit matrices uses tensor cores. A product of fp32 matrices is in "
         "full fp32 precision, on plain FMA units.",
         f"- Decoding NF4 takes at most {DECODE_LIMIT} instructions an element on sm_90, and at "
-        f"most {PAIR_LIMIT} in the forward product with the pair table "
+        f"most {PAIR_LIMIT} in the products with the pair table "
         "(`FASTADAPT_NF4_TABLE=pair`: the codebook is rounded to the 16-bit type before it is "
         "scaled; the default is exact).",
         "- fp16 compiles to what bf16 does, and sm_86 to what sm_80 does: of these fewer variants "

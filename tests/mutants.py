@@ -43,6 +43,9 @@ def _low(**changes: object) -> str:
 
 _NF4, _GEMM, _LOW, _NORM = (f"kernels/fused/{n}.py" for n in
                             ("nf4", "nf4_gemm", "low_rank", "row_norm"))  # fmt: skip
+_TURN, _REFLECT, _MIXED = (f"kernels/fused/{n}.py" for n in
+                            ("rotate", "reflect", "low_rank_mixed"))  # fmt: skip
+_ADAPTERS = "low_rank_mixed-none-fp32-p0.3"
 _MASKED = _low(dtype="float16", k=128, r=256, p=0.3)
 _TALL = "decode-130x64-nf4-nested-64-fp32"
 
@@ -51,8 +54,8 @@ KERNELS = (
            "tl.interleave(byte, byte >> 4) & 15", ("decode-3x5-nf4-64-fp32",)),
     Mutant("a nested absmax without its offset", _NF4, "* coarse + tl.load(offset)", "* coarse",
            (_TALL,)),
-    Mutant("always the first nested absmax", _NF4, "nested_absmax + block // NESTED_BLOCK",
-           "nested_absmax + block * 0", ("decode-two_levels",)),
+    Mutant("always the first nested absmax", _NF4, "block.to(tl.uint32) // NESTED_BLOCK",
+           "block * 0", ("decode-two_levels",)),
     Mutant("the neighbour's absmax", _NF4, "scale_of(first + rows, rows",
            "scale_of(first + rows // 2, rows", ("decode-5x192-nf4-64-fp32",)),
     Mutant("a decoded value without its scale", _NF4, "decode(byte, table) * scale[:, None]",
@@ -69,8 +72,11 @@ KERNELS = (
            "acc = tl.dot(w, xt,", ("split-gemm", _low(bits="nf4", m=16, k=128, n=64))),
     Mutant("the fused backward product forgets earlier rows", _GEMM, "acc = tl.dot(tile, w, acc,",
            "acc = tl.dot(tile, w,", ("split-gemm_back", _low(bits="nf4", k=192, n=130))),
-    Mutant("rows past the end of W count", _GEMM, "known[:, None] & (rows < n)[None, :]",
-           "known[:, None] & (rows < n + 64)[None, :]", (_low(bits="nf4"),)),
+    Mutant("rows past the end of W count", _GEMM, "mask=(within < n - row)[None, :]",
+           "mask=(within < n - row + 64)[None, :]", (_low(bits="nf4"),)),
+    Mutant("a flipped product that forgets earlier rows", _GEMM,
+           "tl.dot(tl.trans(w), tl.trans(tile), acc,", "tl.dot(tl.trans(w), tl.trans(tile),",
+           (_low(bits="nf4", dtype="float16", m=16, k=512, n=256),)),
     Mutant("every part starts at the first column", _GEMM, "first = split * depth * DEPTH",
            "first = split * 0", ("split-gemm",)),
     Mutant("only the first part is summed", _GEMM, "parts.sum(0) + y", "parts[0] + y",
@@ -99,12 +105,46 @@ KERNELS = (
            "value = value * scale", (_low(p=0.3),)),
     Mutant("only the last part is summed", _LOW, "else parts.sum(0)", "else parts[-1]",
            ("split-wide",)),
-    Mutant("half of the cross term of a norm", _NORM, "2 * scale * u", "scale * u",
+    Mutant("half of the cross term of a norm", _NORM, "2 * scale * left * u", "scale * left * u",
            ("row_norm-65x192-r8-dense-fp32",)),
     Mutant("the norm of the last columns", _NORM, "square += tl.sum", "square = tl.sum",
            ("row_norm-65x192-r8-dense-fp32",)),
     Mutant("an unaligned row's absmax", _NORM, "scale_of(2 * i // QBLOCK", "scale_of(i // QBLOCK",
            ("row_norm-16x200-r8-flat-fp32",)),
+    Mutant("a norm of W for every chunk of ranks", _NORM, "tl.where(chunk == 0, square, 0.0)",
+           "square", ("row_norm-17x192-r384-nested-fp32",)),
+    Mutant("a sum that cancels", _NORM, "if tl.max(cancels.to(tl.int32), 0) > 0:",
+           "if tl.max(cancels.to(tl.int32), 0) > 1:", ("row_norm-cancels-dense-0.0",)),
+    Mutant("a gradient through the rotation itself", _TURN,
+           "column[None, :] * SIZE + row[:, None]", "row[:, None] * SIZE + column[None, :]",
+           ("rotate-17x192-6x32-apart1-fp32",)),
+    Mutant("blocks that mix", _TURN, "same = left[:, None] == right[None, :]",
+           "same = left[:, None] >= 0", ("rotate-7x96-24x4-apart2-fp32",)),
+    Mutant("a butterfly that stays where it is", _TURN, "if APART > 1:", "if APART > 99:",
+           ("rotate-7x96-24x4-apart2-fp32",)),
+    Mutant("the first block for all", _TURN, "(left % count)", "(left % 1)",
+           ("rotate-5x21-3x7-apart1-fp32",)),
+    Mutant("dD forgets earlier rows", _TURN, "dd = tl.dot(tl.trans(left), grad, dd,",
+           "dd = tl.dot(tl.trans(left), grad,", ("rotate-130x64-64x1-apart1-fp32",)),
+    Mutant("a cut block without its other tiles", _TURN,
+           "turned = tl.dot(part, block.to(kind), turned,",
+           "turned = tl.dot(part, block.to(kind),", ("rotate-3x132-2x66-apart1-fp32",)),
+    Mutant("a reflection without x", _REFLECT, "value += own", "value += 0 * own",
+           ("reflect-17x63-r5-fp32",)),
+    Mutant("a reflection in the last ranks", _REFLECT, "value = tl.dot(left, right, value,",
+           "value = tl.dot(left, right,", ("reflect-33x96-r64-fp32",)),
+    Mutant("the ranks of the first adapter for all", _MIXED, "a = tl.load(w + (start + ranks)",
+           "a = tl.load(w + ranks", (_ADAPTERS,)),
+    Mutant("a mask over the rows of all adapters", _MIXED, "mine = local + tl.arange(0, ROWS)",
+           "mine = rows", (_ADAPTERS,)),
+    Mutant("du of an adapter without its scale", _MIXED, 'input_precision="ieee") * scale',
+           'input_precision="ieee")', (_ADAPTERS,)),
+    Mutant("the last part of an adapter's dA", _MIXED, "_summed(da_parts, a[0].dtype)",
+           "da_parts[-1].to(a[0].dtype)", ("low_rank_mixed-tall",)),
+    Mutant("rows of nobody that nobody wrote", _MIXED,
+           "(u.new_empty if plan.covers else u.new_zeros)", "u.new_empty", (_ADAPTERS,)),
+    Mutant("segments that count their rows anew", "kernels/fused/mixed_plan.py",
+           "local += end - start", "local += 0", (_ADAPTERS,)),
 )  # fmt: skip
 
 _OPS = "fastadapt/ops"
@@ -158,6 +198,8 @@ PACKAGE = (
            ("tests/test_low_rank.py", "-k", "under_autocast and reference")),
     Mutant("a norm that forgets the scale", f"{_OPS}/row_norm.py", "scale * (b.to(wide) @",
            "1.0 * (b.to(wide) @", ("tests/test_row_norm.py", "-k", "reference and float32")),
+    Mutant("a reflection's gradient without its sign", f"{_OPS}/reflect.py",
+           "(grad.t() @ u).neg_()", "(grad.t() @ u)", ("tests/test_rotate.py", "-k", "reflect")),
     Mutant("a rotation turned back", f"{_OPS}/rotate.py", "-2 * q, left=False", "2 * q, left=False",
            ("tests/test_rotate.py", "-k", "cayley")),
 )  # fmt: skip

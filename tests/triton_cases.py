@@ -282,6 +282,9 @@ for _rank, _type in itertools.product((16, 128, 256), (F32, F16)):
     LOW_RANKS[f"low_rank-{_case}"] = partial(low_rank, _case)
 LOW_RANKS["low_rank-odd_k"] = partial(low_rank, LowRankCase(k=63, n=33))
 LOW_RANKS["low_rank-narrow_k"] = partial(low_rank, LowRankCase(k=8, p=0.3))
+for _type in (F32, F16):  # the product for few tokens, over several rounds
+    _case = LowRankCase(m=16, bits="nf4", k=512, n=256, dtype=_type)
+    LOW_RANKS[f"low_rank-{_case}"] = partial(low_rank, _case)
 for _m in (16, 256, 257):  # the last decodes, and multiplies then
     _case = LowRankCase(m=_m, bits="nf4", k=128, n=64)
     LOW_RANKS[f"low_rank-{_case}"] = partial(low_rank, _case)
@@ -296,11 +299,15 @@ SPLITS = {
 }  # fmt: skip
 
 
-def mixed(bits: str, dtype: torch.dtype, p: tuple[float, ...]) -> None:
-    """Several adapters of different ranks in one batch."""
+def mixed(
+    bits: str, dtype: torch.dtype, p: tuple[float, ...], height: int = 3,
+    index: tuple[int, ...] | None = None,
+) -> None:  # fmt: skip
+    """Several adapters of different ranks in one batch, in blocks of ``height`` rows."""
     from tests import test_low_rank_mixed as rows
 
-    t, values, g = rows.leaves(bits, dtype, "cpu")
+    rows.INDEX = index or (0, 2, -1, 0, 2, 1)
+    t, values, g = rows.leaves(bits, dtype, "cpu", height)
     torch.manual_seed(0)
     seeds = torch.randint(-(2**63), 2**63 - 1, (3,), dtype=torch.int64)
     oracle = rows.run(rows.by_rows(t, p, seeds, F64), values, g, F64)
@@ -344,6 +351,10 @@ MIXES = {
         ("none", "nf4"), (("fp32", F32), ("fp16", F16)), ((0.0, 0.0, 0.0), (0.3, 0.0, 0.5))
     )
 }
+# blocks of several tiles, whose sums are split; every row has an adapter, and none of the second
+MIXES["low_rank_mixed-tall"] = partial(mixed, "none", F32, (0.3, 0.0, 0.5), 140, (0, 2, 1))
+MIXES["low_rank_mixed-covered"] = partial(mixed, "none", F16, (0.0, 0.3, 0.0), 1, (0, 0, 2))
+MIXES["low_rank_mixed-nobody"] = partial(mixed, "none", F32, (0.3, 0.0, 0.5), 2, (-1, -1))
 
 
 # row_norm
@@ -379,6 +390,22 @@ NORMS = {
         ("dense", "flat", "nested"), (("fp32", F32), ("fp16", F16)),
     )
 }  # fmt: skip
+for _shape, _bits, (_short, _dtype) in itertools.product(
+    ((17, 192), (5, 96)), ("dense", "nested"), (("fp32", F32), ("fp16", F16))
+):
+    _name = f"row_norm-{_shape[0]}x{_shape[1]}-r384-{_bits}-{_short}"
+    NORMS[_name] = partial(norm, *_shape, 384, _bits, _dtype)
+
+
+def norm_cancels(bits: str, left: float) -> None:
+    """Rows that the update all but undoes, among rows that it does not touch."""
+    from tests import test_row_norm as rows
+
+    rows.test_row_norm_where_w_and_the_update_cancel(bits, left, "triton", "cpu")
+
+
+for _bits, _left in itertools.product(("dense", "nf4"), (1e-3, 0.0)):
+    NORMS[f"row_norm-cancels-{_bits}-{_left}"] = partial(norm_cancels, _bits, _left)
 NORMS["row_norm-transposed"] = partial(norm, 33, 96, 8, "dense", F32, transposed=True)
 
 
@@ -586,7 +613,6 @@ REFUSED = {
         ("reflect_bwd-f64", "x is torch.float64", "reflect_bwd",
          lambda: (torch.zeros(2, 4, dtype=F64),) * 2 + (torch.zeros(2, 1), torch.zeros(1, 4),
                   torch.zeros(4, 1), True, True, True)),
-        ("row_norm-r", "r=129 is more than 128", "row_norm", partial(_norm_of, r=129)),
         ("row_norm-f64", "W is torch.float64", "row_norm", partial(_norm_of, dtype=F64)),
         ("row_norm-odd", "k=5 is odd", "row_norm", _odd_norm),
         ("decode-f64", "as torch.float64", "nf4_dequant", _wide_decode),
@@ -639,13 +665,16 @@ SPREAD = {
     f"low_rank-{LowRankCase(bits='dense', k=72, p=0.3)}",
     f"low_rank-{LowRankCase(bits='nf4', k=72, n=40)}",
     f"low_rank-{LowRankCase(r=256, dtype=F16, p=0.3, k=128)}",
+    f"low_rank-{LowRankCase(m=16, bits='nf4', k=512, n=256, dtype=F16)}",
     "low_rank-odd_k", "low_rank-narrow_k",
     *SPLITS,
-    *(name for name in MIXES if name.endswith("p0.3")),
+    *(name for name in MIXES if not name.endswith("p0.0")),
     *(f"row_norm-{shape}-r8-{bits}-{short}" for shape in ("65x192", "33x96", "16x200")
       for bits in ("dense", "flat", "nested") for short in ("fp32", "fp16")),
     "row_norm-1x64-r5-nested-fp32", "row_norm-65x192-r1-dense-fp32",
     "row_norm-65x192-r128-nested-fp16", "row_norm-transposed",
+    "row_norm-17x192-r384-nested-fp32", "row_norm-5x96-r384-dense-fp16",
+    "row_norm-cancels-dense-0.0", "row_norm-cancels-nf4-0.001",
     *(name for name in SCALES if "300" not in name and "16x16" not in name),
     *(name for name in TURNS if "-35x" not in name),
     *(name for name in REFLECTS if "r64" not in name),

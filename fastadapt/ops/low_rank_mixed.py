@@ -14,6 +14,8 @@ Source: LoRA (arXiv 2106.09685); batches of many adapters: Punica (arXiv 2310.18
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -145,12 +147,41 @@ def low_rank_mixed_bwd_native(*args: Any) -> list[Tensor]:
     return _backward(NATIVE, *args)
 
 
-def low_rank_mixed_fwd_triton(*args: Any) -> tuple[Tensor, Tensor]:
-    return _forward(triton_steps(), *args)
+def low_rank_mixed_fwd_triton(
+    x: Tensor, bias: Tensor | None, a: list[Tensor], b: list[Tensor], n: int, scale: list[float],
+    p: list[float], seeds: Tensor | None, index: list[int], compute: torch.dtype,
+    out: torch.dtype, *flat: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One launch a step for all adapters, but adapter by adapter where ``_plan`` has none."""
+    plan, low = _plan(x, a, scale, p, index, out), product_dtype(out, x.device)
+    if plan is None:
+        return _forward(triton_steps(), x, bias, a, b, n, scale, p, seeds, index, compute, out,
+                        *flat)  # fmt: skip
+    y, u = _kernels().forward(x, a, b, seeds, plan, low)
+    return _finished(triton_steps(), y, x, bias, compute, out, flat), u
 
 
-def low_rank_mixed_bwd_triton(*args: Any) -> list[Tensor]:
-    return _backward(triton_steps(), *args)
+def low_rank_mixed_bwd_triton(
+    g: Tensor, x: Tensor, u: Tensor, a: list[Tensor], b: list[Tensor], scale: list[float],
+    p: list[float], seeds: Tensor | None, index: list[int], compute: torch.dtype, need_x: bool,
+    needs: list[bool], *flat: Any,
+) -> list[Tensor]:  # fmt: skip
+    plan, bits = _plan(x, a, scale, p, index, u.dtype), unflatten(flat)
+    if plan is None:
+        return _backward(triton_steps(), g, x, u, a, b, scale, p, seeds, index, compute, need_x,
+                         needs, *flat)  # fmt: skip
+    dx, da, db = x.new_empty(0), [], []
+    if need_x or any(needs):
+        need_a = any(needs[: len(a)])
+        dx, da, db = _kernels().backward(g, x, u, a, b, seeds, plan, need_x, need_a)
+    if need_x:
+        if bits is not None:
+            dx = triton_steps().product(dx, g, bits, compute, False)
+        dx = dx.to(x.dtype)
+    else:
+        dx = x.new_empty(0)
+    found = [*(da or a), *(db or b)]
+    return [dx, *(v if need else v.new_empty(0) for v, need in zip(found, needs, strict=True))]
 
 
 def why_not_low_rank_mixed_fwd_native(x: Tensor, *_: object) -> str | None:
@@ -175,6 +206,25 @@ def why_not_low_rank_mixed_bwd_triton(
         filter(None, (why_not_triton(x, v, u.dtype, q > 0) for v, q in zip(a, p, strict=True))),
         None,
     )
+
+
+@cache
+def _kernels() -> Any:
+    return import_module("fastadapt.kernels.low_rank_mixed")
+
+
+def _plan(
+    x: Tensor, a: list[Tensor], scale: list[float], p: list[float], index: list[int],
+    dtype: torch.dtype,
+) -> Any:  # fmt: skip
+    """Which rows belong to whom, on the device; None without adapters, and in the capture of a CUDA
+    graph that no batch of this layout ran before."""
+    ranks = [v.shape[0] for v in a]
+    if not ranks:
+        return None
+    heights = _kernels().row_tiles(max(ranks), dtype.itemsize)
+    plans = import_module("fastadapt.kernels.mixed_plan")
+    return plans.plan_of(index, x.shape[0] // len(index), ranks, scale, p, x.device, heights)
 
 
 class _Rows:
@@ -207,7 +257,7 @@ def _forward(
     scale: list[float], p: list[float], seeds: Tensor | None, index: list[int],
     compute: torch.dtype, out: torch.dtype, *flat: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    low, bits = product_dtype(out, x.device), unflatten(flat)
+    low = product_dtype(out, x.device)
     u = x.new_zeros((x.shape[0], max((v.shape[0] for v in a), default=0)), dtype=low)
     y = x.new_zeros((x.shape[0], n), dtype=low)
     for i in sorted(set(index) - {-1}):
@@ -215,11 +265,20 @@ def _forward(
         hidden = steps.down(rows.take(x), a[i], p[i], _seed(seeds, p, i), low)
         rows.put(u, hidden)
         rows.put(y, hidden @ (b[i] * scale[i]).to(low).t())
+    return _finished(steps, y, x, bias, compute, out, flat), u
+
+
+def _finished(
+    steps: Steps, y: Tensor, x: Tensor, bias: Tensor | None, compute: torch.dtype,
+    out: torch.dtype, flat: tuple[Any, ...],
+) -> Tensor:  # fmt: skip
+    """The base product and the bias, added to the low-rank parts y."""
+    bits = unflatten(flat)
     if bits is not None:
         y = steps.product(y, x, bits, compute, True)
     if bias is not None:
         y += bias.to(y.dtype)
-    return y.to(out), u
+    return y.to(out)
 
 
 def _backward(

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import dropout, low_rank, nf4, nf4_gemm, reflect, rotate, row_norm, scale
-from .tiles import INPUT_GRAD, REFLECT, ROTATE, ROTATE_GRAD, TILES, gemm
+from . import dropout, low_rank, low_rank_mixed, nf4, nf4_gemm, reflect, rotate, row_norm, scale
+from .mixed_plan import ADAPTER, TILE
+from .tiles import INPUT_GRAD, NORM_AGAIN, REFLECT, ROTATE, ROTATE_GRAD, TILES, gemm
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DECODE_LIMIT, PAIR_LIMIT = 9.2, 7.5
-"""Instructions an element: a look-up for each, and a look-up for two in y = x W^T. dx = g W cannot
-hold as large a tile in registers and stays at 8.6."""
+"""Instructions an element: a look-up for each, and a look-up for two."""
 
 
 class Variant(NamedTuple):
@@ -75,7 +75,7 @@ def _dequant(dtype: str) -> Iterator[Variant]:
 def _gemm(transposed: bool) -> Callable[[str], Iterator[Variant]]:
     def variants(dtype: str) -> Iterator[Variant]:
         for pairs in (False, True) if DTYPES[dtype].itemsize == 2 else (False,):
-            size = gemm(transposed, DTYPES[dtype].itemsize, pairs)
+            size = gemm(transposed, DTYPES[dtype].itemsize)
             fixed = size.launch() | {"QBLOCK": 64, "ROUND": nf4.TL_DTYPE[DTYPES[dtype]]}
             for tokens in sorted({16, size.tokens}):
                 for name, nested in (_NESTED,) if pairs else (_FLAT, _NESTED):
@@ -88,7 +88,7 @@ def _gemm(transposed: bool) -> Callable[[str], Iterator[Variant]]:
                             _absmax(nested), elements=size.out * size.depth,
                             # in fp32 most instructions multiply
                             decodes=whole is not False and dtype != "fp32",
-                            limit=PAIR_LIMIT if pairs and transposed else DECODE_LIMIT,
+                            limit=PAIR_LIMIT if pairs else DECODE_LIMIT,
                             quick=bool(nested) and whole is not False,
                         )  # fmt: skip
 
@@ -108,6 +108,30 @@ def _skinny(kernel: str, drops: tuple[bool, ...] = (False, True)) -> Any:
                 )  # fmt: skip
 
     return variants
+
+
+_TABLES = {"TILE": TILE, "ADAPTER": ADAPTER}
+
+
+def _mixed(kernel: str, drops: tuple[bool, ...] = (False, True)) -> Any:
+    """As the kernel for one adapter, with the tables that are looked up."""
+
+    def variants(dtype: str) -> Iterator[Variant]:
+        for one in _skinny(kernel, drops)(dtype):
+            seeds = {"seeds": f"*{dtype}"} if one.types else {}
+            yield one._replace(fixed=one.fixed | _TABLES, types=seeds)
+
+    return variants
+
+
+def _mixed_up(dtype: str) -> Iterator[Variant]:
+    for one in _input_grad(dtype):
+        seeds = {"seeds": f"*{dtype}"} if one.types else {}
+        for scaled in (False, True)[: 1 if one.fixed["DROP"] else 2]:
+            yield one._replace(
+                name=f"{one.name}{' scaled' if scaled else ''}",
+                fixed=one.fixed | _TABLES | {"SCALED": scaled}, types=seeds,
+            )  # fmt: skip
 
 
 def _input_grad(dtype: str) -> Iterator[Variant]:
@@ -140,6 +164,19 @@ def _row_norm(dtype: str) -> Iterator[Variant]:
                     unit | _absmax(nested), elements=elements,
                     quick=rank == 16 and aligned and bool(nested),
                 )  # fmt: skip
+
+
+def _row_norm_again(dtype: str) -> Iterator[Variant]:
+    """Without a product on tensor cores: what is added up again is so in fp32."""
+    first = next(iter(TILES["row_norm"][DTYPES[dtype].itemsize]))
+    for one in _row_norm(dtype):
+        if one.name.startswith(f"rank {first} "):
+            fixed = {k: v for k, v in one.fixed.items() if k != "RANK"}
+            fusion = {k: v for k, v in fixed.items() if k == "enable_fp_fusion"}
+            yield one._replace(
+                name=one.name.removeprefix(f"rank {first} "),
+                fixed=fixed | NORM_AGAIN.launch() | {"RANKS": 16} | fusion, dots=False, elements=0,
+            )  # fmt: skip
 
 
 def _scale_fwd(dtype: str) -> Iterator[Variant]:
@@ -241,9 +278,25 @@ ROWS = (
     Row(low_rank.input_grad_kernel,
         "*D du, *D a, *i64 seed, *D dx, i32? m, i32 k, i32 r, i32? threshold, fp32 scale",
         _input_grad),
+    Row(low_rank_mixed.mixed_down_kernel,
+        "*D x, *D w, *i64 seeds, *i32 tiles, *i32 adapters, *fp32 factors, *fp32 parts, i32? m, "
+        "i32 k, i32? r, i32 stride_x, i32? depth", _mixed("mixed_down")),
+    Row(low_rank_mixed.mixed_up_kernel,
+        "*D u, *D w, *i64 seeds, *i32 tiles, *i32 adapters, *fp32 factors, *D y, i32 n, i32? r",
+        _mixed_up),
+    Row(low_rank_mixed.mixed_up_grad_kernel,
+        "*D g, *D u, *D w, *i32 tiles, *i32 adapters, *fp32 factors, *fp32 du_parts, "
+        "*fp32 db_parts, i32? m, i32 n, i32? r, i32? total, i32 stride_g, i32? depth",
+        _mixed("mixed_up_grad", (False,))),
+    Row(low_rank_mixed.mixed_down_grad_kernel,
+        "*D x, *D du, *i64 seeds, *i32 tiles, *i32 adapters, *fp32 factors, *fp32 parts, i32 k, "
+        "i32? r, i32? total, i32 stride_x, i32? depth", _mixed("down_grad")),
     Row(row_norm.row_norm_kernel,
-        f"*D w, {_STATS}, *D a, *fp32 b, *fp32 gram_b, *fp32 norm, i32 n, i32 k, i32 r, "
+        f"*D w, {_STATS}, *D a, *fp32 b, *fp32 gram_b, *fp32 parts, i32 n, i32 k, i32 r, "
         "i32 stride_row, i32 stride_column, fp32 scale", _row_norm),
+    Row(row_norm.row_norm_again_kernel,
+        f"*fp32 parts, *D w, {_STATS}, *fp32 a, *fp32 b, *fp32 norm, i32 n, i32 k, i32 r, "
+        "i32? chunks, i32 stride_row, i32 stride_column, fp32 scale", _row_norm_again),
     Row(rotate.rotate_fwd_kernel,
         "*D x, *fp32 d, *D y, i32? m, i32 k, i32? count, i32 stride_x", _rotate_fwd),
     Row(rotate.rotate_bwd_kernel,

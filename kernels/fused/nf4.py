@@ -29,7 +29,8 @@ def scale_of(
     if NESTED_BLOCK == 0:
         return tl.load(absmax + block, mask=inside)
     index = tl.load(absmax + block, mask=inside).to(tl.int32)
-    coarse = tl.load(nested_absmax + block // NESTED_BLOCK, mask=inside)
+    # fewer than 2^32 blocks are 137 GB of weights; a signed division takes three instructions more
+    coarse = tl.load(nested_absmax + block.to(tl.uint32) // NESTED_BLOCK, mask=inside)
     return tl.load(nested_code + index) * coarse + tl.load(offset)
 
 
@@ -80,18 +81,27 @@ def decode(packed, table):
 
 @triton.jit
 def decode_tile(
-    words, absmax, code, nested_absmax, nested_code, offset, rows, column, k,
+    words, absmax, code, nested_absmax, nested_code, offset, row, within, column, k,
     QBLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
     ROUND: tl.constexpr = tl.float32, PAIRS: tl.constexpr = False,
 ):  # fmt: skip
-    """W[rows, column ... column + COLUMNS] in fp32. words: int32; rows: int64, all of them in W.
+    """W[row + within, column ... column + COLUMNS] in fp32. words: int32; within: int32,
+    below 2^16; all rows are in W.
 
-    The columns of a row lie in one quantisation block, so that a row has one scale.
+    The columns of a row lie in one quantisation block, so that a row has one scale, and COLUMNS
+    divides k and column. What changes from tile to tile is added to the pointer, one for all
+    threads: what a thread adds to that stays.
     PAIRS: the codebook rounded to the 16-bit type ROUND, a byte a look-up; else the exact one."""
-    start = rows * k + column
-    word = tl.load(words + start[:, None] // 8 + tl.arange(0, COLUMNS // 8)[None, :])
-    scale = scale_of(start // QBLOCK, None, absmax, nested_absmax, nested_code, offset,
-                     NESTED_BLOCK)  # fmt: skip
+    row = tl.cast(row, tl.int64)
+    first = row * (k // 8) + column // 8
+    place = within[:, None] * (k // 8) + tl.arange(0, COLUMNS // 8)[None, :]
+    word = tl.load(words + first + place)
+    if QBLOCK == COLUMNS:
+        start = row * (k // QBLOCK) + column // QBLOCK
+        block = start.to(tl.uint32) + (within * (k // QBLOCK)).to(tl.uint32)
+    else:
+        block = ((row + within) * k + column) // QBLOCK
+    scale = scale_of(block, None, absmax, nested_absmax, nested_code, offset, NESTED_BLOCK)
     if PAIRS:
         value = decode_pairs(word, pair_table(code, ROUND), ROUND)
     else:

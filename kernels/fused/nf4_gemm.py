@@ -36,22 +36,23 @@ def nf4_gemm_fwd_kernel(
     """parts[split] = x[:, chunk] W[:, chunk]^T; grid (n blocks, m blocks, splits).
 
     W is the left operand (y^T = W x^T), so that decoded values stay in registers."""
-    rows = (tl.program_id(0) * OUT + tl.arange(0, OUT)).to(tl.int64)
+    row = tl.program_id(0) * OUT
+    within = tl.minimum(tl.arange(0, OUT), n - 1 - row)
+    rows = (row + tl.arange(0, OUT)).to(tl.int64)
     tokens = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     split = tl.program_id(2)
-    here, known = rows < n, tokens < m
-    w_rows = tl.minimum(rows, n - 1)
+    # rows and tokens past the end repeat the last, which costs no mask, and are not stored
+    token = tl.minimum(tokens, m - 1)
     acc = tl.zeros((OUT, TOKENS), tl.float32)
     first = split * depth * DEPTH
     for column in range(first, min(first + depth * DEPTH, k), DEPTH):
-        w = decode_tile(words, absmax, code, nested_absmax, nested_code, offset, w_rows, column, k,
-                        QBLOCK, NESTED_BLOCK, DEPTH, ROUND, PAIRS).to(ROUND)  # fmt: skip
-        columns = column + tl.arange(0, DEPTH)
-        xt = tl.load(x + tokens[None, :] * stride_x + columns[:, None], mask=known[None, :],
-                     other=0.0)  # fmt: skip
+        w = decode_tile(words, absmax, code, nested_absmax, nested_code, offset,
+                        row, within, column, k, QBLOCK, NESTED_BLOCK, DEPTH, ROUND,
+                        PAIRS).to(ROUND)  # fmt: skip
+        xt = tl.load(x + column + (token[None, :] * stride_x + tl.arange(0, DEPTH)[:, None]))
         acc = tl.dot(w, xt, acc, input_precision="ieee")
     place = (split.to(tl.int64) * m + tokens)[None, :] * n + rows[:, None]
-    tl.store(parts + place, acc, mask=here[:, None] & known[None, :])
+    tl.store(parts + place, acc, mask=(rows < n)[:, None] & (tokens < m)[None, :])
 
 
 @triton.jit
@@ -61,25 +62,36 @@ def nf4_gemm_bwd_kernel(
     OUT: tl.constexpr, DEPTH: tl.constexpr, PAIRS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """parts[split] = g[:, chunk] W[chunk]; WHOLE: DEPTH divides n.
-    grid (k blocks, m blocks, splits)."""
+    grid (k blocks, m blocks, splits).
+
+    For few tokens W^T g^T is computed: Hopper's tensor cores take at least 64 rows on the left."""
+    FLIP: tl.constexpr = TOKENS < 64 and WHOLE and tl.float32 != ROUND
     column = tl.program_id(0) * OUT
     tokens = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     split = tl.program_id(2)
-    known = tokens < m
-    acc = tl.zeros((TOKENS, OUT), tl.float32)
+    token = tl.minimum(tokens, m - 1)
+    acc = tl.zeros((OUT, TOKENS) if FLIP else (TOKENS, OUT), tl.float32)
     first = split * depth * DEPTH
     for row in range(first, min(first + depth * DEPTH, n), DEPTH):
-        rows = (row + tl.arange(0, DEPTH)).to(tl.int64)
-        known_here = known[:, None] if WHOLE else known[:, None] & (rows < n)[None, :]
+        within = tl.arange(0, DEPTH)
+        place = token[:, None] * stride_g + within[None, :]
+        if WHOLE:
+            tile = tl.load(g + row + place)
+        else:
+            tile = tl.load(g + row + place, mask=(within < n - row)[None, :], other=0.0)
+            within = tl.minimum(within, n - 1 - row)
         w = decode_tile(words, absmax, code, nested_absmax, nested_code, offset,
-                        tl.minimum(rows, n - 1), column, k, QBLOCK, NESTED_BLOCK,
-                        OUT, ROUND, PAIRS).to(ROUND)  # fmt: skip
-        tile = tl.load(g + tokens[:, None] * stride_g + rows[None, :],
-                       mask=known_here, other=0.0)  # fmt: skip
-        acc = tl.dot(tile, w, acc, input_precision="ieee")
+                        row, within, column, k, QBLOCK, NESTED_BLOCK, OUT, ROUND,
+                        PAIRS).to(ROUND)  # fmt: skip
+        if FLIP:
+            acc = tl.dot(tl.trans(w), tl.trans(tile), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(tile, w, acc, input_precision="ieee")
+    if FLIP:
+        acc = tl.trans(acc)
     columns = column + tl.arange(0, OUT)
     place = (split.to(tl.int64) * m + tokens)[:, None] * k + columns[None, :]
-    tl.store(parts + place, acc, mask=known[:, None])
+    tl.store(parts + place, acc, mask=(tokens < m)[:, None])
 
 
 def pair_table_wanted() -> bool:
@@ -100,7 +112,7 @@ def add_product(
     x = x if x.stride(1) == 1 else x.contiguous()
     out, inner = (n, k) if transposed else (k, n)
     pairs = pair_table_wanted() and x.itemsize == 2
-    size = gemm(transposed, x.itemsize, pairs)
+    size = gemm(transposed, x.itemsize)
     tokens = 16 if m <= 16 else size.tokens
     tiles = triton.cdiv(out, size.out) * triton.cdiv(m, tokens)
     steps = triton.cdiv(inner, size.depth)

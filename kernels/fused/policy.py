@@ -22,7 +22,7 @@ MAX_TOKENS = {80: 128, 86: 128, 89: 256, 90: 256, 100: 32, 120: 256}
 """sm -> the most tokens that the fused product is chosen for. None of these is measured with these
 kernels yet. Hopper: computed, c = 231 on an H200, e = 0.5. The others are where bitsandbytes' fused
 kernel, of the same structure, stops on that family (its ladder of 0.50); on sm_80 and sm_86 the
-64-token tile also takes 12.7 to 14.2 instructions a weight, on sm_90 8.1 to 8.6 (docs/kernels.md);
+64-token tile also takes 11.3 to 13.6 instructions a weight, on sm_90 7.4 to 7.7 (docs/kernels.md);
 sm_100's tensor cores outrun any decoding soonest. Newer families take the row below them."""
 ELSEWHERE = 128
 """Of a GPU that is not NVIDIA's: the lowest figure of a family with tensor cores of that speed."""

@@ -48,13 +48,27 @@ TILES: dict[str, dict[int, dict[int, Tile]]] = {
     "row_norm": {
         2: {16: _LARGE, 32: _LARGE, 64: _WIDE, 128: _WIDE},
         4: {16: Tile(32, 64, 8, 2), 32: Tile(32, 64, 8, 2), 64: Tile(32, 64, 8, 2),
-            128: Tile(16, 64, 8, 2)},
+            128: Tile(16, 32, 8, 2)},
     },
 }  # fmt: skip
+
+# several adapters in a batch: what is looked up takes registers where one adapter fills them all
+TILES["mixed_down"] = {
+    2: TILES["down"][2],
+    4: TILES["down"][4] | {256: Tile(32, 16, 8, 2)},
+}
+TILES["mixed_up_grad"] = {
+    2: TILES["up_grad"][2],
+    4: TILES["up_grad"][4]
+    | {32: Tile(32, 16, 4, 2), 128: Tile(32, 16, 8, 2), 256: Tile(16, 16, 8, 2)},
+}
 
 # input_grad adds up the rank in steps, its tile does not depend on it
 INPUT_GRAD: dict[int, tuple[Tile, int]] = {2: (_LARGE, 64), 4: (_SHALLOW, 16)}
 """bytes of an element -> (tile, the largest step)"""
+
+NORM_AGAIN = Tile(16, 64, 4, 1)
+"""Rows of a norm that are added up again: few, so that one that cancels takes few along."""
 
 # the same of a reflection; without the dropout it has registers for a load more, but on sm_100
 # not with four warps
@@ -94,17 +108,14 @@ GEMM_BLOCK = 64
 """A tile's extent along k: a row of it has one scale."""
 
 # (y = x W^T or dx = g W, bytes of an element) -> tile. 64 weights a thread spread what a round
-# costs besides decoding: 64 x 64 takes 10.3 instructions a weight on sm_90, these 8.1 to 9.1.
+# costs besides decoding: 64 x 64 takes 10.3 instructions a weight on sm_90, these 7.2 to 8.0.
 GEMM: dict[tuple[bool, int], GemmTile] = {
     (True, 2): GemmTile(128, GEMM_BLOCK, 64, 4, 3),
     (False, 2): GemmTile(GEMM_BLOCK, 128, 64, 4, 3),
     (True, 4): GemmTile(64, GEMM_BLOCK, 16, 4, 2),
     (False, 4): GemmTile(GEMM_BLOCK, 32, 32, 4, 2),
 }
-# With the pair table a thread has registers for 128 weights: 7.0 to 7.2 instructions a weight on
-# sm_90 against 7.6 to 7.8 for the tile above. The backward product spills with a larger tile.
-GEMM_PAIRS = GEMM | {(True, 2): GemmTile(256, GEMM_BLOCK, 64, 4, 3)}
 
 
-def gemm(transposed: bool, itemsize: int, pairs: bool = False) -> GemmTile:
-    return (GEMM_PAIRS if pairs else GEMM)[transposed, itemsize]
+def gemm(transposed: bool, itemsize: int) -> GemmTile:
+    return GEMM[transposed, itemsize]
