@@ -66,7 +66,8 @@ class Conv(Kind):
         if r % layer.groups:
             raise UnsupportedError(
                 f"Targeting a {cls.__name__} with groups={layer.groups} and rank {r}. Currently, "
-                "support is limited to conv layers where the rank is divisible by groups."
+                "support is limited to conv layers where the rank is divisible by groups. Either "
+                "choose a different rank or do not target this specific layer."
             )
         make: Any = cls
         a = make(layer.in_channels, r, layer.kernel_size, layer.stride, layer.padding, bias=False)

@@ -175,6 +175,13 @@ class LoraConfig(AdapterConfig):
         for key, own in _OF_INIT.items():
             if name == key and getattr(self, own) is None and key != "lora_ga":
                 setattr(self, own, subconfig(own, {}))
+                shown = {"eva": "EVA", "corda": "CorDA"}.get(key, key)
+                warnings.warn(
+                    f"`init_lora_weights` is '{key}' but `{own}` is not specified. Using default "
+                    f"{shown} config.",
+                    FastAdaptWarning,
+                    stacklevel=5,
+                )
             elif name != key and getattr(self, own) is not None:
                 _ignored(own, key)
         if (
