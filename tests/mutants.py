@@ -62,8 +62,10 @@ KERNELS = (
            "decode(byte, table)", ("decode-3x5-nf4-64-fp32",)),
     Mutant("values that are not rounded", _NF4, ".to(ROUND).to(out.dtype", ".to(out.dtype",
            ("decode-130x64-nf4-64-fp16",)),
-    Mutant("the second program starts a block late", _NF4, "program_id(0).to(tl.int64) * BLOCKS",
-           "program_id(0).to(tl.int64) * (BLOCKS + 1)", (_TALL, "decode-130x64-nf4-64-fp16")),
+    Mutant("the second program starts a block late", _NF4, "part.to(tl.int64) * BLOCKS",
+           "part.to(tl.int64) * (BLOCKS + 1)", (_TALL, "decode-130x64-nf4-64-fp16")),
+    Mutant("a group's third weight where the second begins", _NF4, "part -= first_2",
+           "part -= first_1", ("decode-group_of_3",)),
     Mutant("the pair table the wrong way round", _NF4, "(even & 0xFFFF) | (odd << 16)",
            "(odd & 0xFFFF) | (even << 16)", ("decode-pairs",)),
     Mutant("the pair table's byte keeps its sign", _NF4, "byte = _bytes(packed) & 255",
@@ -155,6 +157,8 @@ def _gradients(more: str = "", implementation: str = "reference") -> tuple[str, 
     return (_CASE.format(implementation, more),)
 
 
+_GROUP = ("tests/test_low_rank_group.py", "-k", "its_gradients and reference-nf4-float32 and p0.3")
+
 PACKAGE = (
     Mutant("no bias", f"{_OPS}/low_rank.py", "y += bias.to(y.dtype)", "y += 0", _gradients()),
     Mutant("no scale", f"{_OPS}/low_rank.py", "u @ (b * scale)", "u @ b",
@@ -168,6 +172,10 @@ PACKAGE = (
            ("tests/test_low_rank.py", "-k", "gradients_that_are_needed and reference")),
     Mutant("no dx", f"{_OPS}/low_rank.py", "if need_x:", "if need_x and bits is None:",
            _gradients()),
+    Mutant("a group's dx of one layer alone", f"{_OPS}/low_rank_group_steps.py", "dx += part",
+           "dx = part", _GROUP),
+    Mutant("one mask for a group", f"{_OPS}/low_rank_group_steps.py", "j == i else seeds[i:j]",
+           "j == i else seeds[:1]", _GROUP),
     Mutant("a mask that backward does not share", f"{_OPS}/low_rank.py",
            "da = steps.down_grad(x, du, p, seed, a.dtype)",
            "da = steps.down_grad(x, du, p, None if seed is None else seed + 1, a.dtype)",

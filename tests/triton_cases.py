@@ -103,6 +103,35 @@ def decode_two_levels() -> None:
     decode(70, 256, "nf4", True, 64, F16)
 
 
+def decode_group(count: int, nested: bool, dtype: torch.dtype) -> None:
+    """Weights of different sizes in one launch, the first of more than one program: each has the
+    bits that it has alone, and what is between the buffers stays as it was."""
+    from fastadapt.kernels.nf4 import nf4_dequant_group_into
+
+    shapes = ((130, 128), (33, 64), (3, 64), (70, 128))[:count]
+    held = [quantised(torch.randn(n, k).to(dtype), nested=nested) for n, k in shapes]
+    sizes = [v.n * v.k for v in held]
+    buffer = torch.full((sum(sizes) + 8 * count,), torch.nan, dtype=dtype)
+    parts = [part[:size] for part, size in zip(buffer.split([v + 8 for v in sizes]), sizes,
+                                               strict=True)]  # fmt: skip
+    nf4_dequant_group_into(parts, [v[:8] for v in held], dtype)
+    for part, bits in zip(parts, held, strict=True):
+        assert same_bits(part.view(bits.shape), decoded(bits))
+    assert int(buffer.isnan().sum()) == 8 * count
+
+
+def decode_group_of_two_kinds() -> None:
+    """Nested and flat absmax, two block sizes, nothing at all: what fits together is together."""
+    from fastadapt.kernels.nf4 import nf4_dequant_group_into
+
+    held = [quantised(torch.randn(5, 128), nested=nested, blocksize=block)
+            for nested, block in ((True, 64), (False, 64), (True, 128), (True, 64))]  # fmt: skip
+    outs = [torch.full((5, 128), torch.nan) for _ in held]
+    nf4_dequant_group_into([*outs, torch.empty(0)], [*(v[:8] for v in held), held[0][:8]], F32)
+    for out, bits in zip(outs, held, strict=True):
+        assert same_bits(out, decoded(bits))
+
+
 def decode_misaligned() -> None:
     """Bytes that start off a word: a slice of a larger buffer, as fused expert weights have."""
     bits = quantised(torch.randn(64, 128), nested=True)
@@ -135,6 +164,15 @@ def pairs(transposed: bool) -> None:
     finally:
         del os.environ["FASTADAPT_NF4_TABLE"]
     assert torch.equal(got.t() if transposed else got, want)
+
+
+GROUPED: dict[str, Callable[[], None]] = {
+    f"decode-group_of_{count}{'-nested' if nested else ''}": partial(
+        decode_group, count, nested, F16 if nested else F32
+    )
+    for count, nested in itertools.product((1, 2, 3, 4), (False, True))
+}
+GROUPED["decode-group_of_two_kinds"] = decode_group_of_two_kinds
 
 
 # dropout
@@ -636,6 +674,7 @@ CASES: dict[str, Callable[[], None]] = {
     **DROPS,
     "dropout-strided": drop_strided,
     **LOW_RANKS,
+    **GROUPED,
     **GROUPS,
     **MIXES,
     **SPLITS,
@@ -652,7 +691,7 @@ SPREAD = {
     *(f"decode-{n}x{k}-nf4{nested}-64-{short}" for n, k in DECODE_SHAPES
       for nested in ("", "-nested") for short in ("fp32", "fp16")),
     "decode-5x192-fp4-nested-64-fp32", "decode-130x64-nf4-nested-128-fp16", "decode-two_levels",
-    "decode-misaligned", *GROUPS, "decode-pairs", "decode-pairs_back", "dropout-strided",
+    "decode-misaligned", *GROUPED, *GROUPS, "decode-pairs", "decode-pairs_back", "dropout-strided",
     *(name for name in DROPS if "-p0.5-" in name),
     *(f"low_rank-{LowRankCase(bits=bits, dtype=dtype, p=0.3)}"
       for bits in ("none", "dense", "nf4", "nf4-flat", "fp4") for dtype in (F32, F16)),

@@ -30,8 +30,10 @@ from fastadapt.ops.dispatch import Op
 from fastadapt.ops.dropout import check_p, draw_seed
 from fastadapt.ops.low_rank import check_low_rank, unviewed, why_not_triton
 from fastadapt.ops.low_rank_group_steps import (
+    as_stored,
     backward,
     backward_in_calls,
+    decoded_together,
     forward,
     forward_in_calls,
 )
@@ -140,27 +142,27 @@ def _summed(g: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def low_rank_group_fwd_reference(*args: Any) -> list[Tensor]:
-    return forward(REFERENCE, *args)
+    return forward(REFERENCE, as_stored, *args)
 
 
 def low_rank_group_bwd_reference(*args: Any) -> list[Tensor]:
-    return backward(REFERENCE, *args)
+    return backward(REFERENCE, as_stored, *args)
 
 
 def low_rank_group_fwd_native(*args: Any) -> list[Tensor]:
-    return forward_in_calls(*args) or forward(NATIVE, *args)
+    return forward_in_calls(*args) or forward(NATIVE, as_stored, *args)
 
 
 def low_rank_group_bwd_native(*args: Any) -> list[Tensor]:
-    return backward_in_calls(*args) or backward(NATIVE, *args)
+    return backward_in_calls(*args) or backward(NATIVE, as_stored, *args)
 
 
 def low_rank_group_fwd_triton(*args: Any) -> list[Tensor]:
-    return forward(triton_steps(), *args)
+    return forward(triton_steps(), decoded_together(), *args)
 
 
 def low_rank_group_bwd_triton(*args: Any) -> list[Tensor]:
-    return backward(triton_steps(), *args)
+    return backward(triton_steps(), decoded_together(), *args)
 
 
 def why_not_low_rank_group_fwd_native(x: Tensor, *_: object) -> str | None:

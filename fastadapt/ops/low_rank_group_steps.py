@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -10,10 +13,38 @@ import torch
 from torch import Tensor
 
 from fastadapt.ops import native
-from fastadapt.ops.bits import FLAT_TENSORS, Bits, flatten, unflatten
+from fastadapt.ops.bits import FLAT_TENSORS, Bits, Dense, Nf4, flatten, unflatten
 from fastadapt.ops.low_rank_native import why_not_one_call
 from fastadapt.ops.low_rank_steps import Steps
 from fastadapt.ops.precision import product_dtype
+
+Decode = Callable[[list[Bits], int, torch.dtype], list[Bits]]
+
+
+def as_stored(bits: list[Bits], m: int, compute: torch.dtype) -> list[Bits]:
+    return bits
+
+
+@cache
+def decoded_together() -> Decode:
+    """Weights that would be decoded one by one before each product, in one launch and one buffer;
+    as they are where the fused product takes them."""
+    nf4 = import_module("fastadapt.kernels.nf4")
+    policy = import_module("fastadapt.kernels.policy")
+
+    def decode(bits: list[Bits], m: int, compute: torch.dtype) -> list[Bits]:
+        packed = [v for v in bits if isinstance(v, Nf4) and v.dtype in (compute, torch.float32)]
+        if len(packed) < len(bits) or any(
+            policy.fused(m, v.k, v.blocksize, v.dtype, compute, v.device) for v in packed
+        ):
+            return bits
+        buffer = packed[0].packed.new_empty(sum(v.n * v.k for v in packed), dtype=compute)
+        parts = buffer.split([v.n * v.k for v in packed])
+        nf4.nf4_dequant_group_into(parts, [v[:8] for v in packed], compute)
+        return [Dense(w.view(v.shape)) for w, v in zip(parts, packed, strict=True)]
+
+    return decode
+
 
 MAX_TOGETHER = 256
 """The largest rank of the skinny kernels: the A of a group are one matrix up to there."""
@@ -52,7 +83,7 @@ def _together(a: list[Tensor], p: list[float]) -> bool:
 
 
 def forward(
-    steps: Steps, x: Tensor, bias: list[Tensor | None], a: list[Tensor],
+    steps: Steps, decode: Decode, x: Tensor, bias: list[Tensor | None], a: list[Tensor],
     b: list[Tensor], scale: list[float], p: list[float], seeds: Tensor | None,
     compute: torch.dtype, out: torch.dtype, w: list[Any], sizes: list[int], dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
@@ -63,7 +94,7 @@ def forward(
     else:
         keys = zip(a, p, _seeds(seeds, p), strict=True)
         u = torch.cat([steps.down(x, v, q, seed, low) for v, q, seed in keys], 1)
-    bits = _bits(w, sizes, dtype)
+    bits = decode(_bits(w, sizes, dtype), x.shape[0], compute)
     ys = []
     asked = x.to(product_dtype(compute, x.device))
     for i, place in enumerate(places):
@@ -77,7 +108,7 @@ def forward(
 
 
 def backward(
-    steps: Steps, g: list[Tensor | None], x: Tensor, u: Tensor, a: list[Tensor],
+    steps: Steps, decode: Decode, g: list[Tensor | None], x: Tensor, u: Tensor, a: list[Tensor],
     b: list[Tensor], scale: list[float], p: list[float], seeds: Tensor | None,
     compute: torch.dtype, need_x: bool, needs: list[bool], w: list[Any], sizes: list[int],
     dtype: torch.dtype,
@@ -115,7 +146,7 @@ def backward(
         dx = parts[0]
         for part in parts[1:]:
             dx += part
-    bits = [v for i, v in enumerate(_bits(w, sizes, dtype)) if i in du]
+    bits = decode([v for i, v in enumerate(_bits(w, sizes, dtype)) if i in du], x.shape[0], compute)
     for i, kept in zip(du, bits, strict=True):
         incoming = g[i]
         dx = steps.product(dx, incoming, kept, compute, False)

@@ -72,6 +72,22 @@ def _dequant(dtype: str) -> Iterator[Variant]:
         )  # fmt: skip
 
 
+def _dequant_group(dtype: str) -> Iterator[Variant]:
+    for variant in _dequant(dtype):
+        types = {
+            f"{name}{suffix}": type_
+            for name, type_ in variant.types.items()
+            for suffix in ("", "_1", "_2")
+        }
+        yield variant._replace(types=types)
+
+
+def _weight_types(suffix: str) -> str:
+    stats = ", ".join(f"{part}{suffix}" for part in _STATS.split(", "))
+    size = f"bytes{suffix}" if suffix else "numel_bytes"
+    return f"*u8 packed{suffix}, {stats}, *D out{suffix}, i32 numel{suffix}, i32 {size}"
+
+
 def _gemm(transposed: bool) -> Callable[[str], Iterator[Variant]]:
     def variants(dtype: str) -> Iterator[Variant]:
         for pairs in (False, True) if DTYPES[dtype].itemsize == 2 else (False,):
@@ -260,6 +276,9 @@ ROWS = (
         "*D x, *i64 seed, *D y, i32 numel, i32? threshold, fp32 scale", _dropout),
     Row(nf4.nf4_dequant_kernel,
         f"*u8 packed, {_STATS}, *D out, i32 numel, i32 numel_bytes", _dequant),
+    Row(nf4.nf4_dequant_group_kernel,
+        ", ".join(_weight_types(suffix) for suffix in ("", "_1", "_2"))
+        + ", i32? first_1, i32? first_2", _dequant_group),
     Row(nf4_gemm.nf4_gemm_fwd_kernel,
         f"*D x, *i32 words, {_STATS}, *fp32 parts, i32? m, i32 n, i32 k, i32 stride_x, i32? depth",
         _gemm(True)),

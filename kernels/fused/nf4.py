@@ -8,6 +8,10 @@ before the offset is added, so multiply-add fusion is off.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -110,16 +114,16 @@ def decode_tile(
 
 
 @triton.jit
-def nf4_dequant_kernel(
-    packed, absmax, code, nested_absmax, nested_code, offset, out, numel, numel_bytes,
+def _decode_blocks(
+    part, packed, absmax, code, nested_absmax, nested_code, offset, out, numel, numel_bytes,
     QBLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROUND: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """A row of the tile is a quantisation block; grid (parts of BLOCKS blocks,).
+    """BLOCKS quantisation blocks, each a row of the tile, from the ``part``-th BLOCKS on.
 
     numel_bytes is an argument, because a mask is vectorised only where its bound is known to be
     divisible by 16, and (numel + 1) // 2 is not."""
     HALF: tl.constexpr = QBLOCK // 2
-    first = tl.program_id(0).to(tl.int64) * BLOCKS
+    first = part.to(tl.int64) * BLOCKS
     rows = tl.arange(0, BLOCKS)
     left = tl.minimum(numel - first * QBLOCK, BLOCKS * QBLOCK).to(tl.int32)
     left_bytes = tl.minimum(numel_bytes - first * HALF, BLOCKS * HALF).to(tl.int32)
@@ -131,6 +135,42 @@ def nf4_dequant_kernel(
     value = (decode(byte, table) * scale[:, None]).to(ROUND).to(out.dtype.element_ty)
     j = rows[:, None] * QBLOCK + tl.arange(0, QBLOCK)[None, :]
     tl.store(out + first * QBLOCK + j, value, mask=j < left)
+
+
+@triton.jit
+def nf4_dequant_kernel(
+    packed, absmax, code, nested_absmax, nested_code, offset, out, numel, numel_bytes,
+    QBLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROUND: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """grid (parts of BLOCKS blocks,)."""
+    _decode_blocks(tl.program_id(0), packed, absmax, code, nested_absmax, nested_code, offset, out,
+                   numel, numel_bytes, QBLOCK, NESTED_BLOCK, ROUND, BLOCKS)  # fmt: skip
+
+
+@triton.jit
+def nf4_dequant_group_kernel(
+    packed, absmax, code, nested_absmax, nested_code, offset, out, numel, numel_bytes,
+    packed_1, absmax_1, code_1, nested_absmax_1, nested_code_1, offset_1, out_1, numel_1, bytes_1,
+    packed_2, absmax_2, code_2, nested_absmax_2, nested_code_2, offset_2, out_2, numel_2, bytes_2,
+    first_1, first_2,
+    QBLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROUND: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Three weights, the second from program ``first_1`` on, the third from ``first_2`` on.
+
+    A program chooses its pointers and then decodes: the code is there once."""
+    part = tl.program_id(0)
+    if part >= first_2:
+        part -= first_2
+        packed, absmax, code = packed_2, absmax_2, code_2
+        nested_absmax, nested_code, offset = nested_absmax_2, nested_code_2, offset_2
+        out, numel, numel_bytes = out_2, numel_2, bytes_2
+    elif part >= first_1:
+        part -= first_1
+        packed, absmax, code = packed_1, absmax_1, code_1
+        nested_absmax, nested_code, offset = nested_absmax_1, nested_code_1, offset_1
+        out, numel, numel_bytes = out_1, numel_1, bytes_1
+    _decode_blocks(part, packed, absmax, code, nested_absmax, nested_code, offset, out, numel,
+                   numel_bytes, QBLOCK, NESTED_BLOCK, ROUND, BLOCKS)  # fmt: skip
 
 
 TL_DTYPE = {
@@ -162,14 +202,58 @@ def nf4_dequant_into(
     """Decode into a caller's buffer, contiguous."""
     if out.numel() == 0:
         return
-    nested = nested_absmax is not None
-    blocks = max(1, TILE // blocksize)
-    nf4_dequant_kernel[(triton.cdiv(out.numel(), blocks * blocksize),)](
-        packed, absmax, code, nested_absmax if nested else code, nested_code if nested else code,
-        offset if nested else code, out, out.numel(), packed.numel(), QBLOCK=blocksize,
-        NESTED_BLOCK=nested_blocksize if nested else 0, ROUND=TL_DTYPE[dtype], BLOCKS=blocks,
-        **LAUNCH,
+    stored = (packed, absmax, code, nested_absmax, nested_code, offset)
+    nf4_dequant_kernel[(_parts(out, blocksize),)](
+        *_weight(out, stored), **_fixed(blocksize, nested_blocksize, nested_absmax, dtype),
     )  # fmt: skip
+
+
+def nf4_dequant_group_into(
+    outs: Sequence[Tensor], weights: Sequence[Sequence[Any]], dtype: torch.dtype
+) -> None:
+    """Several weights, each into a contiguous buffer of its own, three a launch. A weight is the
+    arguments of ``nf4_dequant_into`` from ``packed`` to ``nested_blocksize``."""
+    held: dict[tuple[Any, ...], list[tuple[Tensor, Sequence[Any]]]] = {}
+    for out, weight in zip(outs, weights, strict=True):
+        if out.numel():
+            blocksize, nested_blocksize = weight[6:8]
+            key = (blocksize, nested_blocksize if weight[3] is not None else 0)
+            held.setdefault(key, []).append((out, weight))
+    for (blocksize, nested_blocksize), same in held.items():
+        for i in range(0, len(same), 3):
+            some = same[i : i + 3]
+            if len(some) == 1:
+                out, weight = some[0]
+                nf4_dequant_into(out, *weight, dtype)
+                continue
+            ends = list(accumulate(_parts(out, blocksize) for out, _ in some))
+            # where there are two, no program comes to the third
+            three = [*some, some[-1]][:3]
+            nf4_dequant_group_kernel[(ends[-1],)](
+                *(v for out, weight in three for v in _weight(out, weight[:6])), *ends[:2],
+                **_fixed(blocksize, nested_blocksize, some[0][1][3], dtype),
+            )  # fmt: skip
+
+
+def _parts(out: Tensor, blocksize: int) -> int:
+    return -(-out.numel() // (max(1, TILE // blocksize) * blocksize))
+
+
+def _weight(out: Tensor, stored: Sequence[Any]) -> tuple[Any, ...]:
+    """What a kernel is told of one weight; any tensor stands for one that is not there."""
+    packed, absmax, code, *nested = stored
+    if nested[0] is None:
+        nested = [code] * 3
+    return packed, absmax, code, *nested, out, out.numel(), packed.numel()
+
+
+def _fixed(
+    blocksize: int, nested_blocksize: int, nested: Tensor | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    return {
+        "QBLOCK": blocksize, "NESTED_BLOCK": 0 if nested is None else nested_blocksize,
+        "ROUND": TL_DTYPE[dtype], "BLOCKS": max(1, TILE // blocksize), **LAUNCH,
+    }  # fmt: skip
 
 
 def words(packed: Tensor) -> Tensor:
