@@ -212,7 +212,7 @@ def test_parameters_without_memory_are_filled_from_a_file(case: str, tmp_path: A
     ],
 )
 def test_a_compiled_model_is_the_same(case: str) -> None:
-    """Through Dynamo, in one graph where nothing breaks it."""
+    """Through Dynamo; whether the graph is whole is not said."""
     model, x = adapted(case), given()
     with torch.no_grad():
         want = model(x)
