@@ -53,9 +53,12 @@ class AdaptedAttention(AdaptedParameter):
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         if adapter_names is not None or self.rows is not None:
             raise ModuleTypeError("lora.MultiheadAttention does not support mixed adapter batches.")
-        if self._disabled and self.merged:
-            self.unmerge()
         out: Any = self.base_layer.out_proj
+        if self._disabled:
+            # nobody calls out_proj, which would do it itself
+            for layer in (self, out):
+                if layer.merged:
+                    layer.unmerge()
         if self._disabled or self.merged or not self._running:
             return self.base_layer(*args, **kwargs)
         if out.merged:

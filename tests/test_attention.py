@@ -71,6 +71,10 @@ def test_merging_keeps_the_outputs_and_unmerging_the_bits() -> None:
     before = {k: p.clone() for k, p in model.state_dict().items()}
     got = outputs(model)
     model.merge_adapter()
+    with model.disable_adapter():
+        base = outputs(models.make("attention"))
+        torch.testing.assert_close(outputs(model), base, rtol=1e-5, atol=1e-6)
+    model.merge_adapter()
     torch.testing.assert_close(outputs(model), got, rtol=1e-5, atol=1e-6)
     model.unmerge_adapter()
     after = model.state_dict()
