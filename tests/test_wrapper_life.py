@@ -26,7 +26,7 @@ pytestmark = pytest.mark.parity
 
 NAMES = st.sampled_from(["default", "a", "b"])
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
-    "LoraConfig": {k: twins.config(k) for k in twins.OPTIONS if k != "dropout"},
+    "LoraConfig": {k: twins.config(k) for k in twins.OPTIONS if k not in ("dropout", "saved")},
     "IA3Config": {
         "plain": {"target_modules": ["q_proj"], "feedforward_modules": []},
         "wide": {"target_modules": ["q_proj", "o_proj"], "feedforward_modules": ["o_proj"]},
@@ -34,14 +34,14 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "LoHaConfig": {
         "plain": {"r": 2, "target_modules": ["q_proj"]},
         "elsewhere": {"r": 3, "alpha": 2, "target_modules": ["o_proj"]},
-        "saved": {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     },
     "HRAConfig": {
         "plain": {"r": 2, "target_modules": ["q_proj"]},
         "wide": {"r": 4, "target_modules": ["q_proj", "o_proj"]},
     },
 }
-"""The configs of each method, by name."""
+"""The configs of each method, by name; none trains a module whole, since a deletion in PEFT makes
+the next adapter active without its copy of such a module."""
 
 
 class WrapperLife(RuleBasedStateMachine):
