@@ -42,9 +42,9 @@ class AdaptedAttention(AdaptedParameter):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """False while adapters run: nn.TransformerEncoderLayer would take the weights past the
-        forward otherwise."""
-        return self._disabled or self.merged or not self._running
+        """False while the stored weights are not the ones to run: nn.TransformerEncoderLayer would
+        take them past the forward otherwise."""
+        return self._disabled != self.merged or not (self.merged or self._running)
 
     @property
     def out_proj(self) -> Any:
