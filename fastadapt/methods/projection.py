@@ -48,7 +48,9 @@ def projected(x: Tensor, a: Tensor, rows: int, kind: torch.dtype) -> Tensor:
     """x A^T for the first rows and columns of a constant A, in ``kind``: (.., rows). Layers that
     get the same x, as q, k and v do, have one product, and one gradient of x from it."""
     # a leaf that learns is held by what is made of it, which must not hold it back
-    lasting = torch.is_grad_enabled() and not (x.is_leaf and x.requires_grad)
+    lasting = (
+        torch.is_grad_enabled() and not x.is_inference() and not (x.is_leaf and x.requires_grad)
+    )
     if torch.compiler.is_compiling() or not lasting:
         h: Tensor = ProjectFunction.apply(x, a, rows, kind)  # type: ignore[no-untyped-call]
         return h
