@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import fastadapt
 from fastadapt.errors import KernelError
 from fastadapt.ops import dispatch
 from fastadapt.ops.bits import Dense, flatten
@@ -124,6 +125,24 @@ def test_a_large_low_rank_part_does_not_coarsen_the_base_product(
         exact = product(v.double(), w) + 64 * v[:, :1].double()
         plain = product(v, t.w) + 64 * v[:, :1]
         assert (got - exact).norm() <= 2 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize("shape", [(1, 20, 20), (7, 576, 1536), (3, 100, 256, 512)], ids=str)
+@pytest.mark.parametrize("dtype", [F32, torch.float64], ids=str)
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_an_adapter_of_zeros_changes_no_bit_of_a_dense_layer(
+    shape: tuple[int, ...], dtype: torch.dtype, impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU's products round by the order of their sums: the layer's own is taken."""
+    *rows, k, n = shape
+    layer = torch.nn.Linear(k, n, dtype=dtype)
+    x = torch.randn(*rows, k, dtype=dtype, generator=torch.Generator().manual_seed(n))
+    want = layer(x)
+    root = fastadapt.get_peft_model(
+        torch.nn.Sequential(layer), fastadapt.LoraConfig(target_modules=["0"])
+    )
+    monkeypatch.setenv("FASTADAPT_IMPL", impl)
+    assert torch.equal(root(x), want)
 
 
 def test_low_rank_saves_x_and_u_and_a_seed_and_nothing_else(

@@ -26,8 +26,13 @@ from fastadapt.ops import native
 from fastadapt.ops.bits import FLAT_TENSORS, Bits, Nf4, flatten, unflatten, why_not_whole
 from fastadapt.ops.dispatch import Op
 from fastadapt.ops.dropout import check_p, draw_seed
-from fastadapt.ops.low_rank_native import NativeLowRankFunction, direct, why_not_one_call
-from fastadapt.ops.low_rank_steps import NATIVE, REFERENCE, Steps, triton_steps
+from fastadapt.ops.low_rank_native import (
+    NativeLowRankFunction,
+    direct,
+    one_call,
+    why_not_one_call,
+)
+from fastadapt.ops.low_rank_steps import NATIVE, REFERENCE, Steps, of_the_layer, triton_steps
 from fastadapt.ops.precision import product_dtype
 
 
@@ -111,7 +116,7 @@ def low_rank_bwd_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def low_rank_fwd_native(*args: Any) -> tuple[Tensor, Tensor]:
     x, *_, p, _, compute, out = args[:9]
     if why_not_one_call(x, p, compute, out, args[9:]) is None:
-        return native.low_rank_fwd(*args[:7], *args[9:])
+        return one_call(*args[:7], *args[9:])
     return _forward(NATIVE, *args)
 
 
@@ -173,6 +178,9 @@ def _forward(
     low, bits = product_dtype(out, x.device), unflatten(flat)
     u = steps.down(x, a, p, seed, low)
     y = u @ (b * scale).to(low).t()
+    own = of_the_layer(x, bits, bias, compute)
+    if own is not None:
+        return own.add_(y).to(out), u
     if bits is not None:
         y = steps.product(y, x, bits, compute, True)
     if bias is not None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastadapt.ops import native
 from fastadapt.ops.bits import FLAT_TENSORS, Bits, Dense, Nf4, flatten, unflatten
-from fastadapt.ops.low_rank_native import why_not_one_call
-from fastadapt.ops.low_rank_steps import Steps
+from fastadapt.ops.low_rank_native import one_call, why_not_one_call
+from fastadapt.ops.low_rank_steps import Steps, of_the_layer
 from fastadapt.ops.precision import product_dtype
 
 Decode = Callable[[list[Bits], int, torch.dtype], list[Bits]]
@@ -99,8 +99,12 @@ def forward(
     asked = x.to(product_dtype(compute, x.device))
     for i, place in enumerate(places):
         y = u[:, place] @ (b[i] * scale[i]).to(low).t()
-        y = steps.product(y, asked, bits[i], compute, True)
         extra = bias[i]
+        own = of_the_layer(asked, bits[i], extra, compute)
+        if own is not None:
+            ys.append(own.add_(y).to(out))
+            continue
+        y = steps.product(y, asked, bits[i], compute, True)
         if extra is not None:
             y += extra.to(y.dtype)
         ys.append(y.to(out))
@@ -163,7 +167,7 @@ def forward_in_calls(
     if any(why_not_one_call(x, q, compute, out, f) for q, f in zip(p, flat, strict=True)):
         return None
     members = zip(bias, a, b, scale, p, _seeds(seeds, p), strict=True)
-    found = [native.low_rank_fwd(x, *v, *f) for v, f in zip(members, flat, strict=True)]
+    found = [one_call(x, *v, *f) for v, f in zip(members, flat, strict=True)]
     return [torch.cat([u for _, u in found], 1), *(y for y, _ in found)]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -68,6 +69,19 @@ def direct(
     )
 
 
+def one_call(
+    x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float,
+    seed: Tensor | None, *flat: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``native.low_rank_fwd``, where ``why_not_one_call`` knows nothing against it."""
+    w, absmax, *rest = flat
+    if w is None or absmax is not None or x.dtype is not torch.float32:
+        return native.low_rank_fwd(x, bias, a, b, scale, p, seed, *flat)
+    # the layer's own product, as in ``low_rank_steps.of_the_layer``
+    y, u = native.low_rank_fwd(x, None, a, b, scale, p, seed, None, None, *rest)
+    return y.add_(F.linear(x, w, bias)), u
+
+
 class NativeLowRankFunction(torch.autograd.Function):
     """What ``LowRankFunction`` is to the op. ``flat`` stays one argument: autograd looks at every
     tensor that is one of its own."""
@@ -77,7 +91,7 @@ class NativeLowRankFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float,
         seed: Tensor | None, flat: tuple[Any, ...],
     ) -> Tensor:  # fmt: skip
-        y, u = native.low_rank_fwd(x, bias, a, b, scale, p, seed, *flat)
+        y, u = one_call(x, bias, a, b, scale, p, seed, *flat)
         ctx.save_for_backward(x, u, seed, a, b, *flat[:FLAT_TENSORS])
         ctx.plain = (scale, p, flat[FLAT_TENSORS:])
         ctx.bias_dtype = None if bias is None else bias.dtype

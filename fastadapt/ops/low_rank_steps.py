@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastadapt.ops import native, scratch
@@ -57,6 +58,16 @@ def _decoded_product(decode: Decode) -> Callable[..., Tensor]:
         return y.addmm_(x.to(math), w)
 
     return product
+
+
+def of_the_layer(
+    x: Tensor, bits: Bits | None, bias: Tensor | None, compute: torch.dtype
+) -> Tensor | None:
+    """x W^T + bias by the call that a dense layer itself makes, in full precision on a CPU: other
+    products round their sums in another order, and an adapter of zeros is to change no bit."""
+    if not isinstance(bits, Dense) or x.device.type != "cpu" or x.dtype in HALVES:
+        return None
+    return F.linear(x, bits.w, bias) if x.dtype == bits.w.dtype == compute else None
 
 
 def _plain(decode: Decode, drop: Callable[..., Tensor]) -> Steps:
