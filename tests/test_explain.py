@@ -15,7 +15,7 @@ from torch import nn
 import fastadapt
 from fastadapt.errors import KernelError
 from fastadapt.layer import AdaptedLayer
-from fastadapt.ops import native
+from fastadapt.ops import low_rank_native
 from fastadapt.ops.dispatch import IMPLEMENTATIONS
 from fastadapt.ops.low_rank import low_rank_fwd
 from tests import tiny
@@ -99,9 +99,11 @@ def layers(model: Any) -> list[AdaptedLayer]:
 def watch(monkeypatch: pytest.MonkeyPatch, seen: Callable[[bool], object]) -> None:
     """Tell ``seen`` of every forward call, by the op or straight to the extension: whether it is
     over a base's bits."""
-    by_op, straight = low_rank_fwd.call, native.low_rank_fwd
+    by_op, straight = low_rank_fwd.call, low_rank_native.one_call
     monkeypatch.setattr(low_rank_fwd, "call", lambda *a: seen(a[9] is not None) or by_op(*a))
-    monkeypatch.setattr(native, "low_rank_fwd", lambda *a: seen(a[7] is not None) or straight(*a))
+    monkeypatch.setattr(
+        low_rank_native, "one_call", lambda *a: seen(a[7] is not None) or straight(*a)
+    )
 
 
 @pytest.mark.parametrize("fmt", ["fp32", "nf4", "int8"])
