@@ -137,8 +137,11 @@ def test_eval_train_merge_and_save_in_any_order(door: Any, tmp_path: Path) -> No
             step(model, name, tmp_path / str(number))
         assert torch.equal(logits(model), want)
     plain = model.merge_and_unload()
-    for _again in range(2):  # bitsandbytes may repack now, and multiply in its own order
-        torch.testing.assert_close(logits(plain), merged, rtol=0.05, atol=0.05)
+    exact = tiny.dequantised(plain).eval()
+    oracle = logits(exact)
+    allowed = testing.budget(logits(exact.bfloat16()), oracle)
+    for _again in range(2):  # bitsandbytes may repack now, and multiply in its own order, in bf16
+        assert testing.error(logits(plain), oracle) <= allowed
 
 
 @both_doors
