@@ -46,8 +46,12 @@ def causal_lm_loss(
     """transformers' ``ForCausalLMLoss``: the mean over the labels that count, or their sum over
     ``num_items_in_batch``."""
     x = logits.view(-1, vocab_size)
-    why_not = cross_entropy_fwd.why_not("native", x, labels, ignore_index)
-    if why_not is not None or forced() == "reference" or torch.compiler.is_compiling():
+    # (compiled, the model's own loss is one graph with its logits)
+    if (
+        torch.compiler.is_compiling()
+        or forced() == "reference"
+        or cross_entropy_fwd.why_not("native", x, labels, ignore_index) is not None
+    ):
         loss: Tensor = _of_transformers()(
             logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
         )

@@ -101,7 +101,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "HIRA": {"hira": {"r": 4}},
     "MISS": {
         "miss": {"r": 4}, "miss_odd": {"r": 3}, "miss_bat": {"r": 4, "init_weights": "bat"},
-        "miss_mini": {"r": 4, "mini_r": 6, "init_weights": "mini"},
+        "miss_mini": {"r": 4, "mini_r": 2, "init_weights": "mini"},
     },
     "LOHA": {"loha": {"r": 4, "alpha": 6}},
     "LOKR": {
