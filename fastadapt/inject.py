@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadapt import attention, constants, targets, tying
+from fastadapt import attention, constants, refusals, targets, tying
 from fastadapt.adapter import Adapter, Part
 from fastadapt.base import FrozenLayer, hold_weights
 from fastadapt.config import AdapterConfig, TaskType
@@ -42,10 +42,6 @@ _HEADS = {
     TaskType.QUESTION_ANS: ["qa_outputs"],
 }
 """Heads that a task always trains whole."""
-
-
-_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-_FUSED = ("out_proj", "conv1d")
 
 
 @dataclass
@@ -105,12 +101,12 @@ def _plan(model: nn.Module, config: AdapterConfig, allow_unmatched: bool, meta: 
     chosen = [p for p in targets.select(config, modules) if p not in ties.targets]
     wanted = getattr(config, "target_parameters", None) or []
     found = places(model, wanted, chosen) if wanted else []
-    _report(config, modules, chosen, found, allow_unmatched)
-    _refuse_fused(targets.model_type(model), config, chosen)
+    refusals.report(config, modules, chosen, found, allow_unmatched)
+    refusals.refuse_fused(targets.model_type(model), config, chosen)
     heads = {p: modules[p] for p in chosen if isinstance(innermost(modules[p]), _ATTENTION)}
     others = [p for p in chosen if p not in heads and not _inside(p, modules, heads)]
     bases = {p: _base(p, modules[p]) for p in others}
-    _refuse_norms(method, bases)
+    refusals.refuse_norms(method, bases)
     with targets.time_limit():
         own = {p: config.at(p) for p in chosen if p in bases or p in heads}
         own |= {place.path: config.at(place.name) for place in found}
@@ -141,7 +137,9 @@ def _plan(model: nn.Module, config: AdapterConfig, allow_unmatched: bool, meta: 
                 "one adapter has one form at a layer, choose one"
             )
         adapters.update({p: make(_base(p, modules[p])) for p, make in more.items()})
-    _refuse_changes({**modules, **{p: place.layer for p, place in parameters.items()}}, adapters)
+    refusals.refuse_changes(
+        {**modules, **{p: place.layer for p, place in parameters.items()}}, adapters
+    )
     wanted = config.modules_to_save or []
     # PEFT's rule is a plain suffix here: "norm" takes input_layernorm too, and so do its files
     saved = [p for p in modules if p.endswith(tuple(wanted))]
@@ -329,44 +327,6 @@ def _base(path: str, module: nn.Module) -> FrozenLayer:
         raise type(error)(f"Target module {path} is not supported: {error}") from error
 
 
-def _refuse_fused(model_type: str | None, config: AdapterConfig, chosen: list[str]) -> None:
-    """Layers whose weight a fused kernel of the model reads, so that an adapter has no effect."""
-    held = [p for p in chosen if p.rpartition(".")[2] in _FUSED]
-    if model_type in _MAMBA and held:
-        raise UnsupportedError(
-            f"[PEFT:{config.peft_type}] Module '{held[0]}' is incompatible with Mamba-based models "
-            f"(model_type='{model_type}'). Incompatible modules: {sorted(_FUSED)}. Please remove "
-            "it from `target_modules` to avoid compatibility issues."
-        )
-
-
-def _refuse_norms(method: type[Adapter], bases: dict[str, FrozenLayer]) -> None:
-    for path, base in bases.items():
-        if base.kind.name == "norm" and not method.takes_norms:
-            raise UnsupportedError(
-                f"Target module {path} is not supported: {method.name} adapts a matrix, and "
-                f"{type(base.layer).__name__} has a vector"
-            )
-
-
-def _refuse_changes(modules: dict[str, Any], adapters: dict[str, Adapter]) -> None:
-    """A start that takes a part out of the base would silently change what stands on it."""
-    held = [
-        (path, next(iter(modules[path].adapters)))
-        for path, adapter in adapters.items()
-        if adapter.changes_base and getattr(modules[path], "adapters", None)
-    ]
-    if held:
-        path, other = held[0]
-        raise LifecycleError(
-            f"the start of this adapter (init_lora_weights="
-            f"{getattr(adapters[path].config, 'init_lora_weights', None)!r}) takes a part of the "
-            f"base weight into itself, which would change adapter {other!r} at {path} and "
-            f"{len(held) - 1} more: unload that first, or save the new one as a plain LoRA with "
-            "path_initial_model_for_weight_conversion and load that"
-        )
-
-
 def _refuse_whole(path: str, module: nn.Module) -> None:
     """Training a module whole needs a forward, floating-point weights and no adapters inside."""
     if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
@@ -384,71 +344,6 @@ def _refuse_whole(path: str, module: nn.Module) -> None:
         raise UnsupportedError(
             f"modules_to_save: {path} holds layers with adapters and cannot be trained whole"
         )
-
-
-def _report(
-    config: AdapterConfig,
-    modules: dict[str, Any],
-    chosen: list[str],
-    parameters: list[Place],
-    allow_unmatched: bool,
-) -> None:
-    absent = targets.unmatched(config, modules)
-    # without anything chosen the reason is looked for, otherwise only exclusions can be in vain
-    excluded = []
-    if config.exclude_modules or not (chosen or parameters):
-        test = targets.Matcher(config)
-        excluded = [p for p in modules if test.excludes(p)]
-    if not chosen and not parameters and excluded:
-        if len(excluded) == len(modules):
-            raise TargetError(
-                "All modules were excluded. This is likely unintended. Check your "
-                "`target_modules`, `exclude_modules` and `modules_to_save` configuration."
-            )
-        raise TargetError(
-            "No modules were targeted for adaptation. This might be caused by a combination of "
-            "mismatched target modules and excluded modules: check `target_modules`, "
-            "`exclude_modules` and `modules_to_save`, whose modules are trained whole and take no "
-            f"adapter. Excluded are {excluded[:5]}."
-        )
-    if config.exclude_modules and not excluded:
-        warnings.warn(
-            f"You have passed exclude_modules={config.exclude_modules} but no modules were "
-            "excluded. Please check that exclude_modules was set correctly.", stacklevel=4,
-        )  # fmt: skip
-    asked_parameters = getattr(config, "target_parameters", None)
-    if not chosen and not parameters and not config.target_modules and asked_parameters:
-        raise TargetError(
-            "No `target_modules` passed but also no `target_parameters` found. Please check the "
-            "values for these arguments."
-        )
-    if bool(chosen) != bool(parameters):
-        name = "target_parameters" if chosen else "target_modules"
-        if getattr(config, name, None):
-            text = f"{name}={getattr(config, name)} were set but no {name[7:-1]} was matched."
-            if not allow_unmatched:
-                raise TargetError(text)
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
-    if not chosen and not parameters:
-        asked = config.target_modules
-        near: dict[str, str | None] = {k: v for k, v in absent.items() if v}
-        hint = f" Near: {targets.describe(near)}." if near else ""
-        raise TargetError(
-            f"Target modules {asked if isinstance(asked, str) else sorted(asked or [])} not found "
-            "in the base model. Please check the target modules, excluded modules and layer "
-            f"indices and try again.{hint}"
-        )
-    adapted_paths = [*chosen, *(place.name for place in parameters)]
-    for kind, idle in targets.idle_patterns(config, adapted_paths).items():
-        warnings.warn(
-            f"The following {kind} keys did not match any targeted module and were ignored: "
-            f"{idle}.", RuntimeWarning, stacklevel=4,
-        )  # fmt: skip
-    if absent:
-        text = f"target_modules: no module is named {targets.describe(absent)}"
-        if not allow_unmatched:
-            raise TargetError(f"{text}; correct it, or pass allow_unmatched=True")
-        warnings.warn(text, FastAdaptWarning, stacklevel=4)
 
 
 def _replace(model: nn.Module, path: str, wrapper: Callable[[nn.Module], Any]) -> Any:

@@ -32,8 +32,17 @@ class Room(NamedTuple):
 
 
 METHOD = Room("base adapter combine config inits ops problems targets tying", types="layer")
-MODEL = ["layer", "inject", "model", "modules_to_save", "adapter_file", "checkpoint", "saving"]
-MODEL += ["slots", "fingerprint", "targets", "weighted", "explain", "kbit", "reference"]
+MODEL = [
+    "layer",
+    "inject",
+    "refusals",
+    "model",
+    "modules_to_save",
+    "adapter_file",
+    "checkpoint",
+    "saving",
+]
+MODEL += ["refusals", "slots", "fingerprint", "targets", "weighted", "explain", "kbit", "reference"]
 MODEL += ["penalties", "eva", "plain_lora", "dialects", "dialect_paths", "tensor_files"]
 MODEL += ["dialect_writers", "constants", "freezing", "hollow", "merge", "rows", "values"]
 MODEL += ["parameter", "layer_class", "invocation", "recompute", "attention", "replication"]
